@@ -1,0 +1,48 @@
+"""What a backend is: one way to compute `x @ W.T` from a packed weight on one kind of device.
+
+`why_not` answers before anything is allocated, so the chooser can list every refusal; `prepare` turns the checkpoint's
+layout into the kernel's own, once; `apply` is the hot path and checks nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from woq.weights import PackedWeight, WeightSpec
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a layer is to run: the device, and the dtype of the activations that will come in."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Backend(ABC, Generic[State]):
+    """One implementation of the quantized linear. Instances hold no per-layer data."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def why_not(self, spec: WeightSpec, target: Target) -> str | None:
+        """None where this backend computes such a layer rightly there, else the reason it does not."""
+
+    @abstractmethod
+    def prepare(self, packed: PackedWeight, target: Target) -> State:
+        """The kernel's own form of `packed`, on `target.device`. Called once a layer; does not change `packed`."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, state: State) -> Tensor:
+        """`x @ W.T`: x [..., in_features] in the target's dtype -> [..., out_features] of the same dtype.
+
+        The bias is added by the caller. Differentiable in x. Nothing is allocated but the result and scratch
+        that the kernel needs; no host synchronisation.
+        """
