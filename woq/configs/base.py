@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from woq.configs.aliases import canonical, aliases_of
+from woq.configs.aliases import aliases_of, canonical
 from woq.configs.explain import explain
 from woq.configs.types import (
     Bits,
@@ -201,13 +201,13 @@ class QuantConfig(BaseModel):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`quant_method` and the fields that differ from their defaults."""
-        defaults = type(self)().to_dict()
+        defaults = type(self)(quant_method=self.quant_method).to_dict()
         return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != defaults[k]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """JSON text of `to_diff_dict()`, or of `to_dict()` with use_diff=False (transformers' signature)."""
         data = self.to_diff_dict() if use_diff else self.to_dict()
-        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+        return json.dumps(data, indent=2) + "\n"  # not sorted: overrides have an order
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -81,8 +81,8 @@ def _allowed(schema: Schema, root: Schema) -> str:
         limits.append(f"of ({_allowed(inner, root)})")
     if "properties" in schema:
         limits.append(f"with {', '.join(schema['properties'])}")
-    kind = {"array": "list", "object": "mapping"}.get(schema.get("type", "any"), schema.get("type", "any"))
-    return " ".join([kind, " and ".join(limits)]).strip()
+    kind = str(schema.get("type", "anything"))
+    return " ".join([{"array": "list", "object": "mapping"}.get(kind, kind), " and ".join(limits)]).strip()
 
 
 def _closest(name: str, fields: Iterable[str], aliases: Iterable[str]) -> str:

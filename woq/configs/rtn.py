@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from woq.configs.base import Bits, GroupSize, QuantConfig
+from woq.configs.base import QuantConfig
+from woq.configs.types import Bits, GroupSize
 
 
 class RtnConfig(QuantConfig):
