@@ -59,6 +59,6 @@ def preset(name: str, quant_method: str = "gptq", **changes: Any) -> QuantConfig
 
 
 def _config_class(quant_method: Any) -> type[QuantConfig]:
-    if quant_method not in CONFIGS:
+    if not isinstance(quant_method, str) or quant_method not in CONFIGS:
         raise ConfigError(f"quant_method = {quant_method!r}; allowed: {', '.join(map(repr, CONFIGS))}")
     return CONFIGS[quant_method]

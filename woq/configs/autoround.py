@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from woq.configs.base import TrainedConfig
+from woq.configs.types import Count
 
 
 class AutoRoundConfig(TrainedConfig):
@@ -15,7 +16,7 @@ class AutoRoundConfig(TrainedConfig):
     quant_method: Literal["autoround"] = "autoround"
     minmax_lr: float | None = Field(None, gt=0)
     """Learning rate of the clipping; None: `lr`."""
-    gradient_accumulate_steps: PositiveInt = 1
+    gradient_accumulate_steps: Count = 1
     """Batches whose gradients are summed for one step."""
     enable_quanted_input: bool = True
     """Train a block on the outputs of the quantized blocks before it, not on those of the float ones."""

@@ -20,7 +20,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
     ValidationError,
     field_serializer,
     model_validator,
@@ -31,6 +30,7 @@ from woq.configs.explain import explain
 from woq.configs.types import (
     Bits,
     ComputeDtype,
+    Count,
     Device,
     GroupSize,
     NameGroups,
@@ -236,13 +236,13 @@ class CalibratedConfig(QuantConfig):
 
     dataset: Any = None
     """Texts, token ids, a file, a DataLoader or a data set's name; None: text sampled from the model itself."""
-    num_samples: PositiveInt = 128
+    num_samples: Count = 128
     """Calibration samples of `seq_len` tokens."""
-    seq_len: PositiveInt = 2048
+    seq_len: Count = 2048
     """Tokens in a sample."""
-    batch_size: PositiveInt = 8
+    batch_size: Count = 8
     """Samples run at once."""
-    seed: int = 42
+    seed: int = Field(42, strict=True)
     """Of every random choice: same seed, same bytes."""
     tokenizer: Any = None
     """A tokenizer, its folder or its hub id; None: the model's own."""
@@ -250,7 +250,7 @@ class CalibratedConfig(QuantConfig):
     """One text a sample, padded to seq_len and masked out of every statistic. False packs texts end to end."""
     truncation: bool = False
     """With padding: drop what a text has beyond seq_len, instead of making further samples of it."""
-    pad_token_id: int | None = Field(None, ge=0)
+    pad_token_id: int | None = Field(None, ge=0, strict=True)
     """What to pad with; None: the tokenizer's."""
     true_sequential: bool = False
     """Inside a block, quantize group after group of linears, each on the outputs of those already quantized."""
@@ -272,7 +272,7 @@ class FoldingConfig(CalibratedConfig):
 class TrainedConfig(CalibratedConfig):
     """The fields of algorithms that train by gradient."""
 
-    iters: int = Field(200, ge=0)
+    iters: int = Field(200, ge=0, strict=True)
     """Training steps a block."""
     lr: float | None = Field(None, gt=0)
     """Learning rate; None: the algorithm's own."""

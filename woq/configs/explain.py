@@ -16,6 +16,9 @@ from woq.errors import ConfigError
 
 Schema = dict[str, Any]
 
+_repr = reprlib.Repr()  # a data set or a tokenizer must not fill the screen
+_repr.maxstring = _repr.maxother = 80
+
 
 def explain(cls: type[BaseModel], error: ValidationError, aliases: Iterable[str]) -> ConfigError:
     """The ConfigError that says what `error` means; `aliases` are further names that `cls` accepts."""
@@ -38,7 +41,7 @@ def explain(cls: type[BaseModel], error: ValidationError, aliases: Iterable[str]
             continue
         where = ".".join([cls.__name__, *path])
         why = f": {cause}" if cause is not None else ""
-        got = reprlib.repr(item["input"])
+        got = _repr.repr(item["input"])
         messages.setdefault(where, f"{where} = {got}{why}; allowed: {_allowed(schema, root)}")
     return ConfigError("\n".join(messages.values()), hint="; ".join(hints) or None)
 

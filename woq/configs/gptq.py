@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from woq.configs.base import CalibratedConfig
+from woq.configs.types import Count
 
 # Our field -> the name that optimum's GPTQ config and transformers' GPTQConfig know it by.
 _OPTIMUM = {
@@ -43,7 +44,7 @@ class GPTQConfig(CalibratedConfig):
     """Fix every group's scale before rounding starts, so that desc_act needs no g_idx."""
     act_group_aware: bool = False
     """Reorder whole groups and columns inside groups only: most of desc_act's gain, no g_idx."""
-    block_size: PositiveInt = 128
+    block_size: Count = 128
     """Columns rounded before their error is applied to all later ones; speed only."""
     search: Literal["minmax", "mse", "activation"] = "mse"
     """Scale and zero of a group: the whole range, least squared weight error, or that weighted by the Hessian's

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field
 
 _SHORT_DTYPES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 _WEIGHT_DTYPES = {"fp4_e2m1_bnb": "fp4"}
@@ -58,8 +58,10 @@ def _one_or_more(names: Any) -> Any:
     return (names,) if isinstance(names, str) else names
 
 
-Bits = Annotated[int, Field(ge=2, le=8)]
-GroupSize = Literal[-1] | PositiveInt
+# Integers are strict: True is no number of samples, and 4.5 no number of bits.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
+GroupSize = Literal[-1] | Count
 ScaleDtype = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(_torch_name)]
 ComputeDtype = Annotated[Literal["fp32", "bf16", "fp16", "int8"], BeforeValidator(_torch_name)]
 WordDtype = Annotated[Literal["int8", "int16", "int32", "int64"], BeforeValidator(_torch_name)]
