@@ -13,6 +13,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -62,7 +63,7 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     """At most `num_samples` samples of at most `seq_len` tokens, `batch_size` to a batch.
 
     source: None or "self" (text sampled from `model`); a list of texts; token ids (an integer tensor [n, L], a list of
-        rows, of 1-D tensors, or of dicts with input_ids and maybe attention_mask); the path of a .txt, .jsonl, .json
+        rows, of 1-D tensors, of dicts with input_ids and maybe attention_mask, or of `Batch`); the path of a .txt, .jsonl, .json
         or .parquet file; a `DataLoader` that yields tensors, tuples or dicts; a `datasets.Dataset`; or a data set's
         name: wikitext2, c4, c4-new, ptb, ptb-new, or any id on the Hugging Face hub. Tables: column input_ids, text,
         prompt, code or content.
@@ -70,7 +71,8 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     `padding` each text is a sample of its own, cut to `seq_len`, padded on the right and masked. Rows of token ids
     are used in the order given: as they are where all have one length (a single long row is cut into windows), else
     packed or padded like texts. `seq_len` is capped to what the model has positions for.
-    `progress(done, total)` counts tokens while the model writes text.
+    `tokenizer` may be a folder's or a hub model's name. `progress(done, total)` counts tokens while the
+    model writes text.
 
     Raises CalibrationError on anything unusable, naming sample and value; warns (CalibrationWarning) where there is
     less data than asked for.
@@ -78,6 +80,7 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     if min(num_samples, seq_len, batch_size) < 1:
         raise CalibrationError(f"{num_samples=}, {seq_len=} and {batch_size=} must be at least 1")
     seq_len = _capped(seq_len, model)
+    tokenizer = _loaded(tokenizer)
     if source is None or (isinstance(source, str) and source == "self"):
         if model is None:
             raise CalibrationError(
@@ -162,6 +165,18 @@ def _capped(seq_len: int, model: nn.Module | None) -> int:
         log.info("seq_len %d is cut to the %d positions this model has", seq_len, positions)
         return positions
     return seq_len
+
+
+def _loaded(tokenizer: Any) -> Any:
+    """`tokenizer` itself, or the one that a name stands for (transformers' GPTQConfig takes both)."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"tokenizer {str(tokenizer)!r} cannot be loaded: {error}") from error
 
 
 def _pad_id(pad_token_id: int | None, tokenizer: Any) -> int:

@@ -65,9 +65,9 @@ def sample_from_model(
         for at in range(0, num_samples, rows):
             part = slice(at, at + rows)
 
-            def report(done: int, first: int = at, total: int = sampled.numel()) -> None:
+            def report(done: int, before: int = at * seq_len) -> None:
                 if progress is not None:
-                    progress(first * seq_len + done, total)
+                    progress(before + done, sampled.numel())
 
             sampled[part] = _sample_rows(model, uniform[part], firsts[part], ends, report)
     finally:

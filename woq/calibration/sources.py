@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from woq.calibration.batches import Batch
 from woq.errors import CalibrationError
 
 TEXT_COLUMNS = ("text", "prompt", "code", "content")  # the first that exists is used
@@ -116,25 +117,32 @@ def _record(item: Any, index: int) -> Iterator[str | RawIds]:
     if isinstance(item, str):
         if item.strip():
             yield item
+    elif isinstance(item, Batch):
+        yield from _rows(item.input_ids, item.attention_mask)
     elif isinstance(item, Mapping):
         yield from _mapping_record(item, index)
-    elif isinstance(item, list | tuple) and item and isinstance(item[0], list | tuple | Mapping | str):
-        if isinstance(item[0], str):  # a data loader's batch of texts
-            for text in item:
-                yield from _record(text, index)
-        elif isinstance(item[0], list | tuple) and item[0] and isinstance(item[0][0], int):
-            yield from (RawIds(row) for row in item)
-        else:  # ((input_ids, attention_mask, ...), labels)
-            yield from _record(item[0], index)
-    elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
-        mask = item[1] if len(item) > 1 and _is_mask_of(item[1], item[0]) else None
-        yield from _rows(item[0], mask)
-    elif item is None or isinstance(item, bool | float | bytes):
+    elif isinstance(item, list | tuple) and item and not isinstance(item[0], int):
+        yield from _sequence_record(item, index)
+    elif item is None or isinstance(item, bool | int | float | bytes):
         raise CalibrationError(
             f"calibration sample {index} is {item!r:.80}, expected a text or token ids", hint=OFFLINE_HINT
         )
     else:
         yield from _rows(item, None)
+
+
+def _sequence_record(item: Sequence[Any], index: int) -> Iterator[str | RawIds]:
+    """A data loader's batch: texts, (input_ids[, attention_mask], ...), ((input_ids, ...), labels), or lists of ids."""
+    first = item[0]
+    if isinstance(first, str):
+        for text in item:
+            yield from _record(text, index)
+    elif isinstance(first, Tensor):
+        yield from _rows(first, item[1] if len(item) > 1 and _is_mask_of(item[1], first) else None)
+    elif isinstance(first, list | tuple) and first and isinstance(first[0], int):
+        yield from _rows(item, None)
+    else:
+        yield from _record(first, index)
 
 
 def _mapping_record(item: Mapping[str, Any], index: int) -> Iterator[str | RawIds]:
