@@ -11,7 +11,7 @@ Layouts are specified in docs/format.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -71,21 +71,26 @@ class WeightSpec:
         """Shape and dtype of every tensor a checkpoint must hold for this weight (bias aside)."""
         n, k, g, lay = self.out_features, self.in_features, self.groups, self.layout
         if lay.packing == "gptq":
-            shapes = {
+            return {
                 "qweight": ((packing.dense_words(k, self.bits), n), torch.int32),
                 "qzeros": ((g, packing.dense_words(n, self.bits)), torch.int32),
                 "scales": ((g, n), self.scale_dtype),
+                "g_idx": ((k,), torch.int32),
             }
+        word = lay.compression_dtype
+        if lay.compression_dim == 1:
+            weight = (n, packing.floor_words(k, self.bits, word))
+            zeros = (n, packing.floor_words(g, self.bits, word))
         else:
-            word = lay.compression_dtype
-            if lay.compression_dim == 1:
-                weight = (n, packing.floor_words(k, self.bits, word))
-                zeros = (n, packing.floor_words(g, self.bits, word))
-            else:
-                rows = packing.floor_words(n, self.bits, word)
-                weight, zeros = (rows, k), (rows, g)
-            shapes = {"qweight": (weight, word), "qzeros": (zeros, word), "scales": ((n, g), self.scale_dtype)}
-        if lay.packing == "gptq" or self.desc_act:
+            rows = packing.floor_words(n, self.bits, word)
+            weight, zeros = (rows, k), (rows, g)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        shapes = {
+            "qweight": (weight, word),
+            "qzeros": (zeros, word),
+            "scales": ((n, g), self.scale_dtype),
+        }
+        if self.desc_act:
             shapes["g_idx"] = ((k,), torch.int32)
         return shapes
 
@@ -126,6 +131,7 @@ class QuantizedWeight:
     def pack(self) -> PackedWeight:
         """Lay the weight out as `spec.layout` says."""
         spec, lay = self.spec, self.spec.layout
+        g_idx: Tensor | None
         stored_zeros = (self.zeros.to(torch.int16) - lay.zero_offset).bitwise_and_((1 << spec.bits) - 1)
         if lay.packing == "gptq":
             qweight = packing.pack_dense(self.codes.t(), spec.bits)
@@ -185,7 +191,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device (no copy where it is there already)."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return PackedWeight(self.spec, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def unpack(self) -> QuantizedWeight:
         """Codes, scales and zero points, whatever the layout. g_idx is dropped where it says k // group_size."""

@@ -43,6 +43,6 @@ class Backend(ABC, Generic[State]):
     def apply(self, x: Tensor, state: State) -> Tensor:
         """`x @ W.T`: x [..., in_features] in the target's dtype -> [..., out_features] of the same dtype.
 
-        The bias is added by the caller. Differentiable in x. Nothing is allocated but the result and scratch
-        that the kernel needs; no host synchronisation.
+        `QuantLinear` adds the bias and supplies the gradient with respect to x, so neither is a backend's concern.
+        Nothing is allocated but the result and scratch that the kernel needs; no host synchronisation.
         """

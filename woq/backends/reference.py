@@ -14,7 +14,7 @@ class ReferenceBackend(Backend[PackedWeight]):
 
     name = "reference"
 
-    def why_not(self, spec: WeightSpec, target: Target) -> str | None:  # noqa: ARG002 - it takes everything
+    def why_not(self, spec: WeightSpec, target: Target) -> str | None:
         return None
 
     def prepare(self, packed: PackedWeight, target: Target) -> PackedWeight:

@@ -1,0 +1,78 @@
+"""A layer's input second moment H = X'X: gathered over calibration tokens, factored, and used to weigh an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from woq.errors import CalibrationError
+
+_LADDER = (1.0, 10.0, 100.0)  # multiples of damp_percent, tried in turn
+
+
+@dataclass
+class SecondMoment:
+    """Sum of x x' over the calibration tokens that reach one input: float32 [K, K]."""
+
+    matrix: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> SecondMoment:
+        return cls(torch.zeros(features, features, device=device))
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add x [tokens, K]. Raises CalibrationError naming the layer where it is not finite."""
+        x = x.float()
+        if not torch.isfinite(x).all():
+            raise CalibrationError(
+                f"layer {name!r}: its input is NaN or infinite in {int((~torch.isfinite(x)).any(1).sum())} of "
+                f"{x.shape[0]} tokens",
+                hint="calibrate in bfloat16 or float32; look for damaged weights in the layers before",
+            )
+        self.matrix.addmm_(x.t(), x)
+        self.tokens += x.shape[0]
+
+    def normalized(self) -> Tensor:
+        """The mean over tokens, so that figures do not depend on how much data there was."""
+        return self.matrix / max(self.tokens, 1)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    """Upper triangular U with U'U = (hessian + damping * mean diagonal * I)^-1, or None if that is not definite.
+
+    Reversing rows and columns turns the lower factor L of a matrix into an upper one: H = R R' with R = flip(L), so
+    H^-1 = (R^-1)' (R^-1).
+    """
+    for dtype in (torch.float32, torch.float64):
+        h = hessian.to(dtype, copy=True)
+        h.diagonal().add_(damping * h.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if failed:
+            continue
+        upper = lower.flip(0, 1)
+        factor: Tensor = torch.linalg.solve_triangular(
+            upper, torch.eye(len(h), dtype=dtype, device=h.device), upper=True
+        )
+        if torch.isfinite(factor).all():
+            return factor.float()
+    return None
+
+
+def factor_with_ladder(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float] | None:
+    """The first rung of the damping ladder that can be factored, with the damping it took."""
+    for rung in _LADDER:
+        damping = min(damp_percent * rung, 1.0)
+        factor = inverse_factor(hessian, damping)
+        if factor is not None:
+            return factor, damping
+    return None
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(D H D') / tr(W H W'), D = weight - quantized: the squared output error relative to the output."""
+    difference = weight - quantized
+    error = ((difference @ hessian) * difference).sum()
+    return float(error / ((weight @ hessian) * weight).sum().clamp(min=1e-30))

@@ -1,0 +1,274 @@
+"""Reading a quantized folder, and the metadata that stands in one. docs/format.md is the specification.
+
+A folder is the model's config.json with a `quantization_config`, the same dict in quantize_config.json, and
+safetensors. Which layers are quantized is what the tensors say; how, is what the dict says; both are checked against
+the model's shapes before anything is allocated. Safetensors are memory-mapped; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from woq.configs import QuantConfig, config_from_dict
+from woq.errors import CheckpointError
+from woq.weights import Layout, PackedWeight, WeightSpec
+
+CONFIG, QUANTIZE_CONFIG = "config.json", "quantize_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+FORMAT_VERSION = 1
+GPTQ_BITS = (2, 3, 4, 8)  # widths that other readers of GPTQ folders know
+
+_SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+# --- metadata ----------------------------------------------------------------------------------------------------
+
+
+def quantization_dict(
+    config: QuantConfig, specs: Mapping[str, WeightSpec], skipped: Mapping[str, str], untied_head: bool
+) -> dict[str, Any]:
+    """The `quantization_config` of a folder.
+
+    Where the layout is GPTQ's and all widths are common ones, it is a standard GPTQ config that other libraries read
+    (they ignore the key "woq"); else `quant_method` is "woq" and nobody else will mistake it.
+    Layers that differ from the folder's bits, group_size or sym stand in `dynamic` by exact name; so do linears
+    left in float, as GPTQModel and vLLM expect.
+    """
+    layout = next(iter(specs.values())).layout
+    standard = layout.packing == "gptq" and all(s.bits in GPTQ_BITS for s in specs.values())
+    form = ("gptq" if layout.zero_offset else "gptq_v2") if standard else f"woq_{layout.packing}"
+    settings = config.to_dict()
+    return {
+        "quant_method": "gptq" if standard else "woq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": any(s.desc_act for s in specs.values()),
+        "sym": config.sym,
+        "checkpoint_format": form,
+        "format": form,
+        "lm_head": config.quant_lm_head,
+        "true_sequential": bool(settings.get("true_sequential", False)),
+        "damp_percent": settings.get("damp_percent", 0.01),
+        "dynamic": _dynamic(config, specs, skipped),
+        "provider": "woq",
+        "woq": {
+            "version": FORMAT_VERSION,
+            "packing": layout.packing,
+            "zero_offset": layout.zero_offset,
+            "compression_dtype": config.compression_dtype,
+            "compression_dim": layout.compression_dim,
+            "untied_head": untied_head,
+            "config": settings,
+        },
+    }
+
+
+def _dynamic(
+    config: QuantConfig, specs: Mapping[str, WeightSpec], skipped: Mapping[str, str]
+) -> dict[str, Any]:
+    rules: dict[str, Any] = {}
+    for name, spec in specs.items():
+        whole_row = config.group_size == -1 or config.group_size > spec.in_features
+        usual = spec.in_features if whole_row else config.group_size
+        if (spec.bits, spec.group_size, spec.sym) != (config.bits, usual, config.sym):
+            group_size = -1 if spec.group_size == spec.in_features else spec.group_size
+            rules[f"+:^{re.escape(name)}$"] = {"bits": spec.bits, "group_size": group_size, "sym": spec.sym}
+    for name in skipped:
+        rules[f"-:^{re.escape(name)}$"] = {}
+    return rules
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """What a folder's `quantization_config` says of its layers."""
+
+    raw: Mapping[str, Any]
+    layout: Layout
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: Path) -> FolderFormat:
+        """Raises CheckpointError where a needed key is missing or holds what no reader here knows."""
+        form = raw.get("checkpoint_format", "gptq")
+        layouts = {"gptq": Layout(zero_offset=1), "gptq_v2": Layout(zero_offset=0)}
+        if form in layouts and raw.get("quant_method") == "gptq":
+            layout = layouts[form]
+        elif form in ("woq_gptq", "woq_inc_plain") and isinstance(raw.get("woq"), Mapping):
+            layout = _own_layout(raw["woq"], where)
+        else:
+            raise CheckpointError(
+                f"{where}: quant_method {raw.get('quant_method')!r} with checkpoint_format {form!r} is not known",
+                hint="known: gptq with gptq or gptq_v2, and woq's own",
+            )
+        for key, kind in (("bits", int), ("group_size", int)):
+            if not isinstance(raw.get(key), kind):
+                raise CheckpointError(
+                    f"{where}: quantization_config.{key} is {raw.get(key)!r}, expected an {kind.__name__}"
+                )
+        return cls(raw, layout)
+
+    @property
+    def config(self) -> QuantConfig | None:
+        """The config that made the folder, if `woq` did."""
+        own = self.raw.get("woq")
+        return config_from_dict(dict(own["config"])) if isinstance(own, Mapping) and "config" in own else None
+
+    def settings(self, name: str) -> tuple[int, int, bool]:
+        """(bits, group_size, sym) of layer `name`: the first matching rule of `dynamic` over the folder's own."""
+        chosen: dict[str, Any] = {key: self.raw.get(key) for key in ("bits", "group_size", "sym")}
+        for rule, values in (self.raw.get("dynamic") or {}).items():
+            if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+                chosen.update(values)
+                break
+        sym = chosen["sym"]
+        return int(chosen["bits"]), int(chosen["group_size"]), True if sym is None else bool(sym)
+
+    def spec(
+        self, name: str, in_features: int, out_features: int, tensors: Mapping[str, TensorInfo]
+    ) -> WeightSpec:
+        """The spec of layer `name`, checked against the tensors' headers. Raises CheckpointError."""
+        bits, group_size, sym = self.settings(name)
+        if not 2 <= bits <= 8 or not (group_size == -1 or group_size > 0):
+            raise CheckpointError(f"layer {name!r}: bits {bits}, group_size {group_size} are out of range")
+        missing = {"qweight", "qzeros", "scales"} - tensors.keys()
+        if missing:
+            raise CheckpointError(f"layer {name!r}: {sorted(missing)} missing, found {sorted(tensors)}")
+        dtype = _SAFETENSORS_FLOATS.get(tensors["scales"].dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"layer {name!r}: scales are {tensors['scales'].dtype}, expected a float dtype"
+            )
+        return WeightSpec(
+            in_features=in_features,
+            out_features=out_features,
+            bits=bits,
+            group_size=in_features if group_size == -1 else min(group_size, in_features),
+            sym=sym,
+            scale_dtype=dtype,
+            layout=self.layout,
+        )
+
+
+def _own_layout(own: Mapping[str, Any], where: Path) -> Layout:
+    words = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
+    try:
+        if own["version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format version {own['version']} is newer than {FORMAT_VERSION}", hint="update woq"
+            )
+        return Layout(
+            own["packing"], own["zero_offset"], words[own["compression_dtype"]], own["compression_dim"]
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: quantization_config.woq is malformed: {error!r}") from error
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's file, safetensors dtype name and shape, read from a header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError where it is missing or no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+class TensorFolder:
+    """The tensors of a folder's safetensors files: headers at once, data memory-mapped when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where a file is missing, truncated, or contradicts the index."""
+        self.folder = folder
+        self.index: dict[str, TensorInfo] = {}
+        self._open: dict[Path, Any] = {}
+        for file in self._files():
+            handle = self._handle(file)
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                view = handle.get_slice(name)
+                self.index[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
+
+    def _files(self) -> list[Path]:
+        index = self.folder / WEIGHTS_INDEX
+        if not index.exists():
+            return [self.folder / WEIGHTS]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map is missing or malformed")
+        names = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: weight_map names a file outside the folder")
+        return [self.folder / name for name in names]
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            if not file.exists():
+                raise CheckpointError(f"{file} does not exist", hint="is the download complete?")
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} is damaged: {error}", hint="truncated? copy or quantize it again"
+                ) from error
+        return self._open[file]
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name`, memory-mapped on the CPU."""
+        tensor: Tensor = self._handle(self.index[name].file).get_tensor(name)
+        return tensor
+
+    def layers(self) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+        """Every quantized layer by its full name, with the headers of its tensors (bias too)."""
+        for name in self.index:
+            if name.endswith(".qweight") or name == "qweight":
+                layer = name.removesuffix("qweight").removesuffix(".")
+                prefix = f"{layer}." if layer else ""
+                yield (
+                    layer,
+                    {
+                        part: self.index[prefix + part]
+                        for part in ("qweight", "qzeros", "scales", "g_idx", "bias")
+                        if prefix + part in self.index
+                    },
+                )
+
+    def packed(self, name: str, spec: WeightSpec, headers: Mapping[str, TensorInfo]) -> PackedWeight:
+        """Layer `name` as `spec` says, with a `g_idx` that says anything turned into `desc_act`.
+
+        All zeros with several groups means that the writer had none (neural-compressor); k // group_size means the
+        same. Raises CheckpointError where shapes or dtypes do not fit.
+        """
+        tensors = {part: self.read(f"{name}.{part}" if name else part) for part in headers if part != "bias"}
+        trivial = (torch.arange(spec.in_features) // spec.group_size).to(torch.int32)
+        g_idx = tensors.get("g_idx")
+        if g_idx is None or (g_idx.shape == trivial.shape and not g_idx.any()):
+            g_idx = tensors["g_idx"] = trivial
+        if g_idx.shape == trivial.shape and not torch.equal(g_idx, trivial):
+            if g_idx.min() < 0 or g_idx.max() >= spec.groups:
+                raise CheckpointError(
+                    f"layer {name!r}: g_idx names group {int(g_idx.max())} of {spec.groups}"
+                )
+            spec = replace(spec, desc_act=True)
+        return PackedWeight.from_tensors(spec, tensors, name)

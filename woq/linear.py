@@ -1,0 +1,129 @@
+"""The one module that runs a quantized linear, whatever the backend.
+
+It keeps the checkpoint's tensors as they are (memory-mapped where they came from a file, on the CPU) and the chosen
+backend's own form of them, made when the first input shows which device and dtype it has to serve. So a model moves
+between devices like any other, and saves what it loaded, to the bit. The gradient with respect to the input is always
+that of the reference: adapters train on top of any backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from woq.backends import choose
+from woq.backends.base import Backend, Target
+from woq.weights import PackedWeight, WeightSpec
+
+
+class QuantLinear(nn.Module):
+    """`x @ dequantize(packed).T + bias`, in place of `nn.Linear` or transformers' `Conv1D`."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, backend: str = "auto") -> None:
+        """packed: on any device. bias: [out_features] or None. backend: "auto", or a name from `woq.backends`."""
+        super().__init__()
+        self.packed = packed
+        self.requested_backend = backend
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._backend: Backend[Any] | None = None
+        self._state: Any = None
+        self._target: Target | None = None
+
+    @property
+    def spec(self) -> WeightSpec:
+        """What the weight is."""
+        return self.packed.spec
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the output."""
+        return self.spec.out_features
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the backend in use; None before the first input."""
+        return None if self._backend is None else self._backend.name
+
+    def prepare(self, target: Target) -> None:
+        """Choose a backend for `target` and give it the weight. Raises BackendError where there is none."""
+        self._backend = choose(self.spec, target, self.requested_backend)
+        self._state = self._backend.prepare(self.packed, target)
+        self._target = target
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        if self._target is None or self._target.device != x.device or self._target.dtype != x.dtype:
+            self.prepare(Target(x.device, x.dtype))
+        assert self._backend is not None
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _WithInputGradient.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = self._backend.apply(x, self._state)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight [out_features, in_features], on the device of the packed tensors."""
+        return self.packed.unpack().dequantize(dtype)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        kind = "sym" if spec.sym else "asym"
+        return (
+            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, {kind}, "
+            f"backend={self.backend or self.requested_backend}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.packed.tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {
+            name: state_dict.pop(prefix + name)
+            for name in self.packed.tensors()
+            if prefix + name in state_dict
+        }
+        if own:
+            self.packed = PackedWeight.from_tensors(self.spec, own, prefix.removesuffix("."))
+            self._target = None  # whatever was prepared is stale
+        elif strict:
+            missing_keys.extend(prefix + name for name in self.packed.tensors())
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class _WithInputGradient(torch.autograd.Function):
+    """Forward by the layer's backend; backward through the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        assert layer._backend is not None
+        result: Tensor = layer._backend.apply(x, layer._state)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        packed = ctx.layer.packed.to(grad.device)
+        return grad @ packed.unpack().dequantize(grad.dtype), None

@@ -1,0 +1,248 @@
+"""Bringing models in: float ones with their blocks left on disk where memory asks for it, quantized ones packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from woq.blocks import Linear, find_blocks, linears
+from woq.checkpoint import CONFIG, FolderFormat, TensorFolder, TensorInfo, read_json
+from woq.errors import CheckpointError
+from woq.linear import QuantLinear
+from woq.moe import is_fused_experts, unfuse_experts
+
+Offload = Literal["auto", "always", "never"]
+
+# A float model that takes more of the free memory than this is read block by block.
+_IN_MEMORY_SHARE = 0.4
+
+
+def resolve_folder(path: str | Path, hub: Mapping[str, Any]) -> Path:
+    """`path` if it is a local folder, else the hub repository of that name, downloaded into the hub's cache.
+
+    hub: revision, token, cache_dir, local_files_only, as huggingface_hub takes them. Raises CheckpointError.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise CheckpointError(
+            f"{path} is no folder", hint="pass the folder that holds config.json, or a hub id"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:  # no pickles: what has no safetensors is not loaded
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{path!r} is neither a folder nor a hub repository that can be reached: {error}",
+            hint="download it where there is a network and pass the folder",
+        ) from error
+
+
+def model_config(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' config of the model in `folder`. Raises CheckpointError where there is none."""
+    read_json(folder / CONFIG)  # our message for a missing or malformed file
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def skeleton(config: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """The model without weights: parameters on the meta device, buffers computed as the architecture does."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+# --- float models ------------------------------------------------------------------------------------------------
+
+
+def load_float(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    offload: Offload,
+    blocks: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """A transformers causal LM ready for `quantize`.
+
+    Where its weights are large for the memory that is free ("auto"), or always, its blocks stay on disk and all else
+    goes to `device`; transformers and accelerate read a block's weights when they are needed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if offload == "always" or (offload == "auto" and not _fits(folder)):
+        frame = skeleton(model_config(folder, trust_remote_code), None, trust_remote_code)
+        path, found = find_blocks(frame, blocks)
+        arguments["device_map"] = _disk_map(frame, path, len(found), device)
+        arguments["offload_folder"] = str(_offload_folder())
+    with _explained(folder), _quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    return model.eval().requires_grad_(False)
+
+
+def _fits(folder: Path) -> bool:
+    import psutil
+
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return size < _IN_MEMORY_SHARE * int(psutil.virtual_memory().available)
+
+
+def _offload_folder() -> Path:
+    """Where transformers puts weights it has to convert first (fused experts); removed when the process ends."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="woq-offload-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _disk_map(model: nn.Module, path: str, count: int, device: torch.device) -> dict[str, str]:
+    """accelerate's device map: every block on disk, everything beside the way to them on `device`."""
+    result = {f"{path}.{i}": "disk" for i in range(count)}
+    way, module = "", model
+    for part in path.split("."):
+        prefix = f"{way}." if way else ""
+        for name, _ in (*module.named_children(), *module.named_parameters(recurse=False)):
+            if name != part:
+                result[prefix + name] = str(device)
+        way, module = prefix + part, module.get_submodule(part)
+    return result
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """transformers' errors about files as ours."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {error}", hint="is the download complete? only safetensors are read"
+        ) from error
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Without transformers' own progress bar, which would draw through ours."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
+
+
+# --- quantized folders -------------------------------------------------------------------------------------------
+
+
+def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, trust_remote_code: bool) -> Any:
+    """The model in a quantized folder, on the CPU, its tensors memory-mapped.
+
+    dtype: of the float parameters; None keeps what is stored. Raises CheckpointError where the folder's tensors and
+    the model do not fit each other.
+    """
+    raw = read_json(folder / CONFIG).get("quantization_config")
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{folder / CONFIG} has no quantization_config")
+    form = FolderFormat.parse(raw, folder / CONFIG)
+    config = model_config(folder, trust_remote_code)
+    del config.quantization_config  # transformers would look for its own quantizer
+    model = skeleton(config, dtype, trust_remote_code)
+    tensors = TensorFolder(folder)
+    _unfuse_like(model, tensors)
+    used = _place_quantized(model, form, tensors, backend)
+    _place_floats(model, tensors, used, dtype)
+    model.tie_weights()
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise CheckpointError(
+            f"{folder}: no tensor for {left[:5]}{' ...' if len(left) > 5 else ''} of {type(model).__name__}"
+        )
+    _load_generation_config(model, folder)
+    model.config.quantization_config = raw
+    return model.eval().requires_grad_(False)
+
+
+def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:
+    """Take fused experts apart where the folder holds them one by one."""
+    for name, module in list(model.named_modules()):
+        if is_fused_experts(module) and any(f"{name}.0.{p}.qweight" in tensors.index for p in ("down_proj",)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            unfuse_experts(parent)
+
+
+def _place_quantized(model: Any, form: FolderFormat, tensors: TensorFolder, backend: str) -> set[str]:
+    """Put a `QuantLinear` wherever the folder has packed tensors; returns the names of the tensors used."""
+    found, used = linears(model), set[str]()
+    for name, headers in tensors.layers():
+        linear = found.get(name)
+        if linear is None:
+            raise CheckpointError(f"{tensors.folder}: layer {name!r} is no linear of {type(model).__name__}")
+        out_features, in_features = _shape(linear)
+        spec = form.spec(name, in_features, out_features, headers)
+        packed = tensors.packed(name, spec, headers)
+        bias = tensors.read(f"{name}.bias") if "bias" in headers else None
+        if bias is not None and bias.shape != (out_features,):
+            raise CheckpointError(f"layer {name!r}: bias is {list(bias.shape)}, expected [{out_features}]")
+        if (bias is None) != (linear.bias is None):
+            raise CheckpointError(
+                f"layer {name!r}: {'no' if bias is None else 'a'} bias stored, the model differs"
+            )
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, QuantLinear(packed, bias, backend))
+        used |= {f"{name}.{part}" for part in headers}
+    if not used:
+        raise CheckpointError(f"{tensors.folder}: quantization_config is there, but no quantized layer is")
+    return used
+
+
+def _shape(linear: Linear) -> tuple[int, int]:
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def _place_floats(model: Any, tensors: TensorFolder, used: set[str], dtype: torch.dtype | None) -> None:
+    expected: Mapping[str, TensorInfo] = {n: i for n, i in tensors.index.items() if n not in used}
+    wanted = model.state_dict()
+    state = {}
+    for name, info in expected.items():
+        if name not in wanted:
+            raise CheckpointError(f"{info.file}: tensor {name!r} is not in {type(model).__name__}")
+        if tuple(wanted[name].shape) != info.shape:
+            raise CheckpointError(
+                f"{info.file}: {name} is {list(info.shape)}, {type(model).__name__} wants {list(wanted[name].shape)}"
+            )
+        value = tensors.read(name)
+        state[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _load_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'} is malformed: {error}") from error

@@ -1,0 +1,271 @@
+"""The one loop: plan, calibrate, then block by block quantize, write back, run again, and hand on.
+
+A model in memory becomes a quantized one in place. With a writer, each block goes to disk and its memory is freed; if
+the model's blocks were offloaded to disk to begin with, host memory stays near one block plus the activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from woq.algorithms import build
+from woq.algorithms.base import Algorithm, LayerResult
+from woq.blocks import find_blocks, linears, materialize, release, write_back
+from woq.calibration import Batch, calibration_batches, describe, fingerprint
+from woq.configs import CalibratedConfig, QuantConfig
+from woq.device import quantization_device
+from woq.head import output_head, untie
+from woq.linear import QuantLinear
+from woq.moe import unfuse_experts
+from woq.plan import make_plan
+from woq.progress import Progress
+from woq.replay import BlockInputs, Capture, advance, capture, head_inputs, verify_replay
+from woq.report import LayerReport, Report
+from woq.weights import PackedWeight, WeightSpec
+from woq.writer import FolderWriter
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    writer: FolderWriter | None = None,
+) -> Report:
+    """Quantize a transformers causal LM: its linears become `QuantLinear`s, or files.
+
+    Args:
+        model: in memory, or with its blocks offloaded by accelerate.
+        calibration: anything `calibration_batches` takes. None: `config.dataset`, and without one, text sampled from
+            the model itself. Not looked at by an algorithm that needs no data.
+        tokenizer: needed where calibration is text. None: `config.tokenizer`.
+        device: what quantizes ("cpu", "cuda", "xpu"). None: `config.device`, then INC_TARGET_DEVICE, then the best.
+        writer: takes every block as it is finished; the model is left without them. Blocks it already holds are not
+            quantized again.
+
+    Raises the errors of `woq.errors`; what concerns configuration, shapes or data, before anything is changed.
+    """
+    run = _Run(model, config, quantization_device(device or config.device), progress or Progress(), writer)
+    run.prepare(calibration, tokenizer)
+    run.all_blocks()
+    return run.report
+
+
+class _Run:
+    """One call of `quantize`: what the steps share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantConfig,
+        device: torch.device,
+        progress: Progress,
+        writer: FolderWriter | None,
+    ) -> None:
+        self.model, self.config, self.device, self.progress, self.writer = (
+            model,
+            config,
+            device,
+            progress,
+            writer,
+        )
+        self.algorithm: Algorithm[Any] = build(config)
+        self.path, self.blocks = find_blocks(model, config.blocks)
+        self.head = output_head(model) if config.quant_lm_head else None
+        self.report = Report(make_plan(config, self.path, self.blocks, self.head), str(device))
+        self.batches: Sequence[Batch] = []
+        self.captured: Capture | None = None
+        self.inputs: BlockInputs | None = None
+        plan = self.report.plan
+        progress.say(
+            f"{len(self.blocks)} blocks in {self.path!r}, {len(plan.specs)} linears, {plan.coverage:.1%} of the blocks' weights"
+        )
+        for name, what in plan.adjusted.items():
+            progress.say(f"{name}: {what}")
+
+    def prepare(self, calibration: Any, tokenizer: Any) -> None:
+        """Gather data, capture every block's arguments, prove that replaying works, and tell the writer."""
+        started = time.perf_counter()
+        if self.algorithm.needs_data:
+            assert isinstance(self.config, CalibratedConfig)
+            self.batches = self._calibration(self.config, calibration, tokenizer)
+            self.report.calibration = describe(self.batches)
+            self.progress.say(f"calibration: {self.report.calibration}")
+            self._capture()
+        if self.writer is not None:
+            data = fingerprint(self.batches) if self.batches else "none"
+            self.writer.begin({"config": self.config.to_dict(), "data": data, "model": _identity(self.model)})
+        self.report.seconds += time.perf_counter() - started
+
+    def _calibration(self, config: CalibratedConfig, source: Any, tokenizer: Any) -> Sequence[Batch]:
+        self.progress.stage("calibration data", 1)
+        return calibration_batches(
+            config.dataset if source is None else source,
+            tokenizer=config.tokenizer if tokenizer is None else tokenizer,
+            model=self.model,
+            num_samples=config.num_samples,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            padding=config.padding,
+            pad_token_id=config.pad_token_id,
+            progress=self.progress.at,
+        )
+
+    def _capture(self) -> None:
+        """Block 0 stays on the device: the loop begins with it."""
+        self._bring_outside()
+        materialize(self.blocks[0], self.device)
+        first = Batch(self.batches[0].input_ids[:1], None)
+        verify_replay(
+            self.model,
+            self.blocks,
+            first,
+            capture(self.model, self.blocks, [first], self.device),
+            self.device,
+        )
+        self.captured = capture(self.model, self.blocks, self.batches, self.device)
+        masks = [None if b.attention_mask is None else b.attention_mask.bool() for b in self.batches]
+        self.inputs = BlockInputs(self.device, self.captured.hidden, self.captured.calls[0], masks)
+
+    def _bring_outside(self) -> None:
+        """Everything but the blocks onto the device: embeddings, norms, the head."""
+        inside = {id(m) for block in self.blocks for m in block.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if not tensor.is_meta:
+                        tensor.data = tensor.data.to(self.device)
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def all_blocks(self) -> None:
+        """Quantize, or take from the writer, block after block, and the head where asked for."""
+        self.progress.stage("quantizing", len(self.blocks) + (self.head is not None))
+        for i, block in enumerate(self.blocks):
+            name = f"{self.path}.{i}"
+            if self.captured is not None and self.inputs is not None:
+                self.inputs.calls = self.captured.calls[i]
+            self._one(i, name, block)
+            self.progress.step(name)
+        if self.head is not None:
+            name, head = self.head
+            if untie(self.model, head):
+                self.progress.say(f"{name} shared its weight with the embeddings: it is now its own")
+            if self.inputs is not None and self.captured is not None:
+                self.inputs = head_inputs(
+                    self.model, self.blocks, head, self.batches, self.inputs, self.captured
+                )
+            self._one(len(self.blocks), name, head)
+            self.progress.step(name)
+
+    def _one(self, index: int, name: str, block: nn.Module) -> None:
+        started = time.perf_counter()
+        home = next(block.parameters()).device
+        materialize(block, self.device)
+        unfuse_experts(block)
+        specs = self.report.plan.of_block(name)
+        if self.writer is not None and self.writer.has_block(index):
+            packed, reports = self._restore(index, name, block, specs)
+        else:
+            results = self.algorithm.quantize_block(block, specs, self.inputs)
+            packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
+            seconds = (time.perf_counter() - started) / max(len(results), 1)
+            reports = [_layer_report(f"{name}.{n}".rstrip("."), r, seconds) for n, r in results.items()]
+            if self.writer is not None:
+                record = {"layers": [asdict(r) for r in reports]}
+                self.writer.write_block(index, packed_state(block, name, packed, self._dtype()), record)
+        for report in reports:
+            self.progress.layer(report)
+        self.report.layers += reports
+        if self.inputs is not None and index < len(self.blocks):
+            self.inputs.hidden = advance(block, self.inputs, self.inputs.hidden[0].device)
+        if self.writer is not None:
+            release(block)
+        else:
+            self._install(name, block, packed, self.device if home.type == "meta" else home)
+        self.report.seconds += time.perf_counter() - started
+
+    def _restore(
+        self, index: int, name: str, block: nn.Module, specs: Mapping[str, WeightSpec]
+    ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
+        """Bring the block to where quantizing it had brought it: the same numbers, so the same next block."""
+        assert self.writer is not None
+        tensors, record = self.writer.read_block(index)
+        own = {key.removeprefix(name).removeprefix("."): value for key, value in tensors.items()}
+        modules, packed = linears(block), {}
+        for layer, spec in specs.items():
+            prefix = f"{layer}." if layer else ""
+            parts = {p: own.pop(prefix + p) for p in spec.packed_shapes()}
+            packed[layer] = PackedWeight.from_tensors(spec, parts, f"{name}.{layer}")
+            write_back(modules[layer], packed[layer].to(self.device).unpack().dequantize())
+        block.load_state_dict(
+            own, strict=False
+        )  # biases and norms: an algorithm may have folded scales into them
+        return packed, [LayerReport(**layer) for layer in record["layers"]]
+
+    def _install(
+        self, name: str, block: nn.Module, packed: Mapping[str, PackedWeight], home: torch.device
+    ) -> None:
+        modules = linears(block)
+        for layer, weight in packed.items():
+            bias = modules[layer].bias
+            quantized = QuantLinear(weight, None if bias is None else bias.detach())
+            parent, _, own = f"{name}.{layer}".rstrip(".").rpartition(".")
+            setattr(self.model.get_submodule(parent), own, quantized)
+        if "" not in packed:
+            block.to(home)
+
+    def _dtype(self) -> torch.dtype | None:
+        """What float tensors are saved in: the checkpoint's own dtype, whatever quantization computed in."""
+        dtype = getattr(self.model.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _layer_report(name: str, result: LayerResult, seconds: float) -> LayerReport:
+    spec = result.weight.spec
+    return LayerReport(
+        layer=name,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        sym=spec.sym,
+        loss=result.loss,
+        tokens=result.tokens,
+        damping=result.damping,
+        seconds=round(seconds, 4),
+        note=result.note,
+    )
+
+
+def packed_state(
+    block: nn.Module, prefix: str, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """A block's tensors by full name as they stand in a checkpoint: packed where quantized, else floats in `dtype`."""
+    state: dict[str, Tensor] = {}
+    for key, value in block.state_dict().items():
+        layer, _, part = key.rpartition(".")
+        if layer in packed and part == "weight":
+            for own, tensor in packed[layer].tensors().items():
+                state[".".join(filter(None, (prefix, layer, own)))] = tensor
+        else:
+            state[f"{prefix}.{key}"] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return state
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    """What tells one model from another in a resume manifest."""
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "_name_or_path", ""),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -1,0 +1,62 @@
+"""What a quantization run did, layer by layer: kept beside the checkpoint as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from woq.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear. loss, tokens, damping and note as in `algorithms.base.LayerResult`; seconds of its block
+    shared evenly among the block's layers."""
+
+    layer: str
+    bits: int
+    group_size: int
+    sym: bool
+    loss: float
+    tokens: int | None
+    damping: float | None
+    seconds: float
+    note: str
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    plan: Plan
+    device: str
+    calibration: str = "none"
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """Layers where something departed from the usual path."""
+        return [f"{layer.layer}: {layer.note}" for layer in self.layers if layer.note]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, without the layers."""
+        return {
+            "device": self.device,
+            "calibration": self.calibration,
+            "seconds": round(self.seconds, 2),
+            "layers": len(self.layers),
+            "coverage": self.plan.coverage,
+            "skipped": self.plan.skipped,
+            "adjusted": self.plan.adjusted,
+            "notes": self.notes,
+        }
+
+    def write_csv(self, path: Path) -> None:
+        """One row a layer."""
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, [f.name for f in fields(LayerReport)])
+            writer.writeheader()
+            writer.writerows(asdict(layer) for layer in self.layers)

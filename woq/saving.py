@@ -1,0 +1,102 @@
+"""Writing models out: what is outside the blocks, the metadata, and the small files that make a folder whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from woq.blocks import find_blocks
+from woq.checkpoint import quantization_dict
+from woq.configs import QuantConfig
+from woq.errors import CheckpointError
+from woq.head import output_head, shares_embeddings
+from woq.linear import QuantLinear
+from woq.report import Report
+from woq.writer import FolderWriter, write_json
+
+REPORT, LAYERS = "quantization_report.json", "quantization_layers.csv"
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+_OTHER_FILES = ("generation_config.json", "chat_template*", "*.py")
+
+
+def save_pretrained(model: Any, folder: str | Path, *, overwrite: bool = True, **unused: Any) -> None:
+    """Write a quantized model to `folder`, whole or not at all.
+
+    Bound to models by our `from_pretrained`, in place of transformers' method. overwrite: replace what is there,
+    as transformers does. Raises CheckpointError where the model is not quantized or the disk is full, and for
+    arguments of transformers' method that would be ignored.
+    """
+    raw = getattr(model.config, "quantization_config", None)
+    if not isinstance(raw, dict) or not any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise CheckpointError(
+            "the model holds no quantized layer", hint="quantize it first, or use transformers to save it"
+        )
+    if unused:
+        raise CheckpointError(f"save_pretrained takes no {sorted(unused)} for a quantized model")
+    writer = FolderWriter(Path(folder), overwrite=overwrite)
+    writer.begin({})
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(writer.partial)
+    writer.finish(_state(model), model_dict(model), raw, blocks=0)
+
+
+def finish_folder(
+    model: Any, config: QuantConfig, report: Report, writer: FolderWriter, source: Path
+) -> None:
+    """Add to the blocks that `writer` holds whatever makes a whole folder, and put it in place."""
+    path, blocks = find_blocks(model, config.blocks)
+    inside = [f"{path}."] + ([f"{output_head(model)[0]}."] if config.quant_lm_head else [])
+    rest = {name: t for name, t in _state(model).items() if not name.startswith(tuple(inside))}
+    dtype = model.config.dtype
+    rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in rest.items()}
+    for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, writer.partial / file.name)
+    report.write_csv(writer.partial / LAYERS)
+    write_json(writer.partial / REPORT, report.to_dict())
+    writer.finish(
+        rest, model_dict(model), describe(model, config, report), len(blocks) + config.quant_lm_head
+    )
+
+
+def describe(model: Any, config: QuantConfig, report: Report) -> dict[str, Any]:
+    """The `quantization_config` of what `report` tells of."""
+    linears = {name for name in report.plan.skipped if not name.endswith("weight")}
+    skipped = {name: reason for name, reason in report.plan.skipped.items() if name in linears}
+    untied = config.quant_lm_head and not model.config.tie_word_embeddings
+    return quantization_dict(config, report.plan.specs, skipped, untied)
+
+
+def model_dict(model: Any) -> dict[str, Any]:
+    """The model's config.json without its quantization_config."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+    values.pop("quantization_config", None)
+    return values
+
+
+def _state(model: Any) -> Mapping[str, Tensor]:
+    """The model's tensors, without a head that shares the embeddings' weight: loading ties it again."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module) and not isinstance(head, QuantLinear) and shares_embeddings(model, head):
+        state.pop(f"{output_head(model)[0]}.weight", None)
+    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's float parameters."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
