@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from woq.errors import ConfigError
-from woq.evaluation.perplexity import Perplexity, from_sum, token_losses
+from woq.evaluation.perplexity import Perplexity, from_sum
 from woq.evaluation.windows import (
     Progress,
     checked_windows,
@@ -21,6 +21,8 @@ from woq.evaluation.windows import (
     refuse_non_finite,
     scored_logits,
 )
+
+COLUMNS = ("reference model's likelihood", "likelihood", "KL divergence", "top-1 agreement")
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,21 @@ def compare(
     vocabularies do not fit, and WoqError where a prediction is not finite.
     """
     windows = checked_windows(checked_windows(windows, model), reference)
-    tokens = windows[:, 1:].numel()
-    loss = reference_loss = kl = 0.0
-    agreed = 0
+    sums = torch.zeros(len(COLUMNS), dtype=torch.float64)
     with evaluating(model, reference):
         for at in range(0, len(windows), batch_size):
             ids = windows[at : at + batch_size]
             expected, got = scored_logits(reference, ids), scored_logits(model, ids)
             if expected.shape != got.shape:
                 raise ConfigError(f"vocabularies differ: model {got.shape[1]}, reference {expected.shape[1]}")
-            losses, reference_losses = token_losses(got, ids), token_losses(expected, ids)
-            divergences, same = _divergences(expected, got)
-            refuse_non_finite(reference_losses, ids, at, "reference model's likelihood")
-            refuse_non_finite(losses, ids, at, "likelihood")
-            refuse_non_finite(divergences, ids, at, "KL divergence")
-            loss += float(losses.double().sum())
-            reference_loss += float(reference_losses.double().sum())
-            kl += float(divergences.double().sum())
-            agreed += same
+            scores = _scores(expected, got, ids[:, 1:].flatten())
+            for column, what in zip(scores.unbind(1), COLUMNS, strict=True):
+                refuse_non_finite(column, ids, at, what)
+            sums += scores.double().sum(0).cpu()
             if progress is not None:
                 progress(at + len(ids), len(windows))
+    tokens = windows[:, 1:].numel()
+    reference_loss, loss, kl, agreed = sums.tolist()
     return Divergence(
         kl=kl / tokens,
         top1_agreement=agreed / tokens,
@@ -80,13 +77,18 @@ def compare(
     )
 
 
-def _divergences(expected: Tensor, got: Tensor) -> tuple[Tensor, int]:
-    """KL(expected || got), float32 [P], of logits [P, V], and at how many positions the maximum is the same token."""
+def _scores(expected: Tensor, got: Tensor, targets: Tensor) -> Tensor:
+    """float32 [P, 4], the COLUMNS of each position, from both models' logits [P, V] and the next tokens [P]."""
+    targets = targets.to(expected.device).unsqueeze(1)
     parts = []
-    same = 0
     for part in chunks(*expected.shape):
         p = F.log_softmax(expected[part].float(), dim=-1)
         q = F.log_softmax(got[part].to(expected.device).float(), dim=-1)
-        parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return torch.cat(parts), same
+        columns = (
+            -p.gather(1, targets[part]).squeeze(1),
+            -q.gather(1, targets[part]).squeeze(1),
+            (p.exp() * (p - q)).sum(-1),
+            (p.max(-1).indices == q.max(-1).indices).float(),
+        )
+        parts.append(torch.stack(columns, dim=1))
+    return torch.cat(parts)

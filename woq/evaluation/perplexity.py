@@ -45,7 +45,7 @@ def perplexity(
     with evaluating(model):
         for at in range(0, len(windows), batch_size):
             ids = windows[at : at + batch_size]
-            losses = token_losses(scored_logits(model, ids), ids)
+            losses = _token_losses(scored_logits(model, ids), ids)
             refuse_non_finite(losses, ids, at, "likelihood")
             total += float(losses.double().sum())
             if progress is not None:
@@ -53,7 +53,7 @@ def perplexity(
     return from_sum(total, windows[:, 1:].numel())
 
 
-def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood, float32 [B * (L-1)], of each next token of ids [B, L] under logits [B * (L-1), V]."""
     targets = ids[:, 1:].flatten().to(logits.device)
     parts = [

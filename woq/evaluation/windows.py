@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from woq.calibration.batches import INTEGER_DTYPES, vocabulary_size
 from woq.errors import ConfigError, WoqError
 
-CHUNK_ELEMENTS = 2**24  # logits held in float32 at a time, beside the models' own output: 64 MiB
+CHUNK_ELEMENTS = 2**20  # logits held in float32 at a time, beside the models' own output: what caches hold
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 

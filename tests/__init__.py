@@ -1,0 +1,1 @@
+"""Tests mirror the package; shared fixtures are in conftest.py."""
