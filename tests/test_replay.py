@@ -139,10 +139,9 @@ class Toy(nn.Module):
             arguments: dict[str, Any] = {"shift": hidden.mean() if self.leak else None}
             if self.extra and not torch.equal(hidden, start):
                 arguments["surprise"] = None
-            if self.keyword:
-                hidden = block(hidden_states=hidden, **arguments)
-            else:
-                hidden = block(hidden, **arguments)
+            given = () if self.keyword else (hidden,)
+            arguments |= {"hidden_states": hidden} if self.keyword else {}
+            hidden = block(*given, **arguments)
         return hidden
 
 

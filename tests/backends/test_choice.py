@@ -1,0 +1,75 @@
+"""The table of backends: best first, every refusal told, nothing imported that is not needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from woq.backends import BACKENDS, choose, load, refusals, why_not
+from woq.backends.base import Backend, Target
+from woq.errors import BackendError
+from woq.weights import WeightSpec
+
+SPEC = WeightSpec(64, 16, 4, 32, True)
+BF16 = Target(torch.device("cpu"), torch.bfloat16)
+FP32 = Target(torch.device("cpu"), torch.float32)
+NAMES = [entry.name for entry in BACKENDS]
+
+
+@pytest.mark.parametrize("entry", BACKENDS, ids=NAMES)
+def test_entries_are_what_they_say(entry: object) -> None:
+    name = entry.name  # type: ignore[attr-defined]
+    devices = entry.devices  # type: ignore[attr-defined]
+    if devices is not None and "cpu" not in devices:
+        pytest.skip(f"{name} is not imported on a machine without {devices}")
+    assert isinstance(load(name), Backend)
+    assert load(name).name == name
+    assert load(name) is load(name)
+
+
+def test_names_are_distinct_and_the_reference_comes_last() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert BACKENDS[-1].name == "reference"
+    assert BACKENDS[-1].devices is None
+
+
+def test_the_best_that_can() -> None:
+    assert choose(SPEC, BF16).name == "cpu"
+    assert choose(SPEC, FP32).name == "reference"
+    assert choose(SPEC, BF16, "reference").name == "reference"
+
+
+def test_a_backend_that_cannot_is_refused_with_its_reason() -> None:
+    with pytest.raises(
+        BackendError, match=r"16x64, 4 bits, group 32, torch\.float32 on cpu: cpu: .*bfloat16 only"
+    ) as error:
+        choose(SPEC, FP32, "cpu")
+    assert error.value.hint is not None
+    assert "reference" in error.value.hint
+
+
+def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woq.backends.BACKENDS", tuple(e for e in BACKENDS if e.name != "reference"))
+    with pytest.raises(BackendError) as error:
+        choose(WeightSpec(64, 16, 5, 32, True), FP32)
+    for name in NAMES[:-1]:
+        assert f"{name}: " in error.value.message
+
+
+@pytest.mark.parametrize("name", ["marlin", "", "CPU"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(BackendError, match=rf"unknown backend '{name}'\n.*cpu.*reference.*auto"):
+        choose(SPEC, BF16, name)
+
+
+def test_another_devices_backend_is_refused_without_importing_it() -> None:
+    meta = Target(torch.device("meta"), torch.bfloat16)
+    for entry in BACKENDS[:-1]:
+        reason = why_not(entry.name, SPEC, meta)
+        assert reason is not None
+        assert "not on meta" in reason
+
+
+def test_refusals_are_those_of_this_device() -> None:
+    assert refusals(SPEC, BF16) == {}
+    assert list(refusals(SPEC, FP32)) == ["cpu"]
