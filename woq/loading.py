@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ Offload = Literal["auto", "always", "never"]
 
 # A float model that takes more of the free memory than this is read block by block.
 _IN_MEMORY_SHARE = 0.4
+
+# Buffers that older checkpoints store and models now compute (transformers passes over them too).
+_RECOMPUTED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 
 
 def resolve_folder(path: str | Path, hub: Mapping[str, Any]) -> Path:
@@ -53,7 +57,10 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
     read_json(folder / CONFIG)  # our message for a missing or malformed file
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no model transformers knows: {error}") from error
 
 
 def skeleton(config: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
@@ -185,9 +192,9 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
 
 
 def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:
-    """Take fused experts apart where the folder holds them one by one."""
+    """Take fused experts apart where the folder holds them one by one, quantized or not."""
     for name, module in list(model.named_modules()):
-        if is_fused_experts(module) and any(f"{name}.0.{p}.qweight" in tensors.index for p in ("down_proj",)):
+        if is_fused_experts(module) and any(key.startswith(f"{name}.0.") for key in tensors.index):
             parent = model.get_submodule(name.rpartition(".")[0])
             unfuse_experts(parent)
 
@@ -228,6 +235,8 @@ def _place_floats(model: Any, tensors: TensorFolder, used: set[str], dtype: torc
     state = {}
     for name, info in expected.items():
         if name not in wanted:
+            if _RECOMPUTED.match(name):
+                continue
             raise CheckpointError(f"{info.file}: tensor {name!r} is not in {type(model).__name__}")
         if tuple(wanted[name].shape) != info.shape:
             raise CheckpointError(
