@@ -20,7 +20,7 @@ from torch import Tensor
 
 from woq.configs import QuantConfig, config_from_dict
 from woq.errors import CheckpointError
-from woq.weights import Layout, PackedWeight, WeightSpec
+from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, WeightSpec
 
 CONFIG, QUANTIZE_CONFIG = "config.json", "quantize_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,7 +98,7 @@ class FolderFormat:
     def parse(cls, raw: Mapping[str, Any], where: Path) -> FolderFormat:
         """Raises CheckpointError where a needed key is missing or holds what no reader here knows."""
         form = raw.get("checkpoint_format", "gptq")
-        layouts = {"gptq": Layout(zero_offset=1), "gptq_v2": Layout(zero_offset=0)}
+        layouts = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
         if form in layouts and raw.get("quant_method") == "gptq":
             layout = layouts[form]
         elif form in ("woq_gptq", "woq_inc_plain") and isinstance(raw.get("woq"), Mapping):
@@ -113,6 +113,7 @@ class FolderFormat:
                 raise CheckpointError(
                     f"{where}: quantization_config.{key} is {raw.get(key)!r}, expected an {kind.__name__}"
                 )
+        _check_dynamic(raw, where)
         return cls(raw, layout)
 
     @property
@@ -157,6 +158,17 @@ class FolderFormat:
         )
 
 
+def _check_dynamic(raw: Mapping[str, Any], where: Path) -> None:
+    rules = raw.get("dynamic") or {}
+    try:
+        for rule, values in rules.items():
+            re.compile(rule.removeprefix("+:").removeprefix("-:"))
+            if not all(isinstance(values.get(key, 0), int) for key in ("bits", "group_size")):
+                raise TypeError(f"{rule!r}: bits and group_size must be integers, got {values!r}")
+    except (AttributeError, TypeError, re.error) as error:
+        raise CheckpointError(f"{where}: quantization_config.dynamic is malformed: {error}") from error
+
+
 def _own_layout(own: Mapping[str, Any], where: Path) -> Layout:
     words = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
     try:
@@ -164,11 +176,17 @@ def _own_layout(own: Mapping[str, Any], where: Path) -> Layout:
             raise CheckpointError(
                 f"{where}: format version {own['version']} is newer than {FORMAT_VERSION}", hint="update woq"
             )
-        return Layout(
+        layout = Layout(
             own["packing"], own["zero_offset"], words[own["compression_dtype"]], own["compression_dim"]
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: quantization_config.woq is malformed: {error!r}") from error
+    plain = layout.packing == "inc_plain" and layout.zero_offset == 0 and layout.compression_dim in (0, 1)
+    if not plain and layout not in (GPTQ_V1, GPTQ_V2):
+        raise CheckpointError(
+            f"{where}: quantization_config.woq names a layout that does not exist: {layout}"
+        )
+    return layout
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -268,7 +286,11 @@ class TensorFolder:
         if g_idx.shape == trivial.shape and not torch.equal(g_idx, trivial):
             if g_idx.min() < 0 or g_idx.max() >= spec.groups:
                 raise CheckpointError(
-                    f"layer {name!r}: g_idx names group {int(g_idx.max())} of {spec.groups}"
+                    f"layer {name!r}: g_idx names groups {int(g_idx.min())} to {int(g_idx.max())} of {spec.groups}"
+                )
+            if not torch.equal(g_idx.bincount(minlength=spec.groups), trivial.bincount()):
+                raise CheckpointError(  # kernels sort the columns by group and count on whole groups
+                    f"layer {name!r}: g_idx gives groups other sizes than {spec.group_size} features"
                 )
             spec = replace(spec, desc_act=True)
         return PackedWeight.from_tensors(spec, tensors, name)
