@@ -113,10 +113,10 @@ def capture(
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
             if i == 0:
-                if not found.hidden:
+                found.hidden.append(hidden.detach().clone())  # before a block could work on it in place
+                if len(found.hidden) == 1:
                     output = own_forward(*args, **kwargs)
                     found.tail = tuple(output[1:]) if isinstance(output, tuple) else None
-                found.hidden.append(hidden.detach().clone())
             found.calls[i].append(call)
             return found.output(hidden)
 
