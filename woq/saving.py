@@ -18,7 +18,7 @@ from woq.errors import CheckpointError
 from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
 from woq.report import Report
-from woq.writer import FolderWriter, write_json
+from woq.writer import FolderWriter, explaining, write_json
 
 REPORT, LAYERS = "quantization_report.json", "quantization_layers.csv"
 
@@ -48,10 +48,14 @@ def save_pretrained(model: Any, folder: str | Path, *, overwrite: bool = True, *
     if unused:
         raise CheckpointError(f"save_pretrained takes no {sorted(unused)} for a quantized model")
     writer = FolderWriter(Path(folder), overwrite=overwrite)
-    writer.begin({})
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(writer.partial)
-    writer.finish(_state(model), model_dict(model), raw, blocks=0)
+    try:
+        writer.begin({})
+        if getattr(model, "generation_config", None) is not None:
+            with explaining(writer.partial):
+                model.generation_config.save_pretrained(writer.partial)
+        writer.finish(_state(model), model_dict(model), raw, blocks=0)
+    finally:  # the model is still in memory: what was begun is worth nothing, and would block the next attempt
+        shutil.rmtree(writer.partial, ignore_errors=True)
 
 
 def finish_folder(
@@ -63,10 +67,11 @@ def finish_folder(
     rest = {name: t for name, t in _state(model).items() if not name.startswith(tuple(inside))}
     dtype = model.config.dtype
     rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in rest.items()}
-    for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, writer.partial / file.name)
-    report.write_csv(writer.partial / LAYERS)
+    with explaining(writer.partial):
+        for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
+            for file in source.glob(pattern):
+                shutil.copyfile(file, writer.partial / file.name)
+        report.write_csv(writer.partial / LAYERS)
     write_json(writer.partial / REPORT, report.to_dict())
     writer.finish(
         rest, model_dict(model), describe(model, config, report), len(blocks) + config.quant_lm_head

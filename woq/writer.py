@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from woq.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2 << 30
+_OURS = ("*.safetensors", "*.safetensors.index.json", "quantization_*")  # stale once a folder is replaced
 
 
 @contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def explaining(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into an error that says what is left and what to do."""
     try:
         yield
@@ -42,7 +44,7 @@ def _explaining(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write atomically."""
-    with _explaining(path):
+    with explaining(path):
         aside = path.with_name(f"{path.name}.tmp")
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(path)
@@ -52,7 +54,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write one safetensors file atomically. Tensors may share memory; they are saved apart."""
-    with _explaining(path):
+    with explaining(path):
         aside = path.with_name(f"{path.name}.tmp")
         try:
             aside.touch()
@@ -87,7 +89,9 @@ class FolderWriter:
         unfinished run exists and `resume` is not set."""
         self.folder = folder
         self.partial = folder.with_name(f"{folder.name}.partial")
-        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file", hint="pass the name of a folder")
+        if folder.exists() and not overwrite and any(folder.iterdir()):
             raise CheckpointError(
                 f"{folder} exists and is not empty", hint="pass overwrite to replace it when all is done"
             )
@@ -105,7 +109,7 @@ class FolderWriter:
         found = self.partial / MANIFEST
         if found.exists():
             self._same_run(read_json(found), json.loads(json.dumps(manifest)))
-        with _explaining(self.partial):
+        with explaining(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
         write_json(found, manifest)
 
@@ -156,17 +160,22 @@ class FolderWriter:
         self._gather(blocks + 1)
         write_json(self.partial / CONFIG, {**model_config, "quantization_config": dict(quantization)})
         write_json(self.partial / QUANTIZE_CONFIG, quantization)
-        with _explaining(self.folder):
+        with explaining(self.folder):
             (self.partial / MANIFEST).unlink()
             self._swap_in()
 
     def _swap_in(self) -> None:
-        old = self.folder.with_name(f"{self.folder.name}.old")
-        if self.folder.exists():
-            self.folder.rename(old)
+        if not self.folder.exists():
+            self.partial.rename(self.folder)
+            return
+        old = self.folder.with_name(f"{self.folder.name}.replaced-{os.getpid()}")
+        self.folder.rename(old)
         self.partial.rename(self.folder)
-        if old.exists():
-            shutil.rmtree(old)
+        for entry in old.iterdir():  # a tokenizer, notes: what no model folder of ours brings stays
+            new = self.folder / entry.name
+            if not new.exists() and not any(fnmatch(entry.name, pattern) for pattern in _OURS):
+                entry.rename(new)
+        shutil.rmtree(old)
 
     def _gather(self, files: int) -> None:
         """Merge block files, in order, into shards of at most about SHARD_BYTES; read through the page cache."""
