@@ -20,7 +20,7 @@ from woq.linear import QuantLinear
 from woq.loading import Offload, load_float, load_quantized, model_config, resolve_folder
 from woq.progress import ConsoleProgress, Progress
 from woq.report import Report
-from woq.saving import describe, finish_folder, save_pretrained
+from woq.saving import finish_folder, save_pretrained
 from woq.selfcheck import prepare_and_check
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,6 @@ def _quantize_now(folder: Path, config: QuantConfig, *, offload: Offload, **opti
     tokenizer = options["tokenizer"] or _tokenizer(folder)
     with options["progress"] or ConsoleProgress() as bars:
         report = quantize(model, config, options["calibration"], tokenizer=tokenizer, progress=bars)
-    model.config.quantization_config = describe(model, config, report)
     model.quantization_report = report
     return model
 
@@ -181,6 +180,7 @@ def _ready(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.to(device)
+    device = next(model.parameters()).device  # "cuda" became "cuda:0", as inputs will say
     model.config.dtype = dtype
     counts = prepare_and_check(model, Target(device, dtype))
     used = ", ".join(f"{name} for {count} layers" for name, count in counts.items())

@@ -7,7 +7,8 @@ the model's blocks were offloaded to disk to begin with, host memory stays near 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from woq.blocks import find_blocks, linears, materialize, release, write_back
 from woq.calibration import Batch, calibration_batches, describe, fingerprint
 from woq.configs import CalibratedConfig, QuantConfig
 from woq.device import quantization_device
+from woq.errors import CalibrationError, QuantizationError
 from woq.head import output_head, untie
 from woq.linear import QuantLinear
 from woq.moe import unfuse_experts
@@ -27,6 +29,8 @@ from woq.plan import make_plan
 from woq.progress import Progress
 from woq.replay import BlockInputs, Capture, advance, capture, head_inputs, verify_replay
 from woq.report import LayerReport, Report
+from woq.saving import describe as describe_model
+from woq.saving import dtype_of
 from woq.weights import PackedWeight, WeightSpec
 from woq.writer import FolderWriter
 
@@ -52,11 +56,15 @@ def quantize(
         writer: takes every block as it is finished; the model is left without them. Blocks it already holds are not
             quantized again.
 
+    A model quantized in memory says so in its `config.quantization_config`, and `woq.save_pretrained` saves it.
     Raises the errors of `woq.errors`; what concerns configuration, shapes or data, before anything is changed.
     """
     run = _Run(model, config, quantization_device(device or config.device), progress or Progress(), writer)
     run.prepare(calibration, tokenizer)
     run.all_blocks()
+    if writer is None:
+        model_config: Any = model.config
+        model_config.quantization_config = describe_model(model, config, run.report)
     return run.report
 
 
@@ -177,7 +185,8 @@ class _Run:
         if self.writer is not None and self.writer.has_block(index):
             packed, reports = self._restore(index, name, block, specs)
         else:
-            results = self.algorithm.quantize_block(block, specs, self.inputs)
+            with _naming(name):
+                results = self.algorithm.quantize_block(block, specs, self.inputs)
             packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
             seconds = (time.perf_counter() - started) / max(len(results), 1)
             reports = [_layer_report(f"{name}.{n}".rstrip("."), r, seconds) for n, r in results.items()]
@@ -188,7 +197,8 @@ class _Run:
             self.progress.layer(report)
         self.report.layers += reports
         if self.inputs is not None and index < len(self.blocks):
-            self.inputs.hidden = advance(block, self.inputs, self.inputs.hidden[0].device)
+            with _naming(name):
+                self.inputs.hidden = advance(block, self.inputs, self.inputs.hidden[0].device)
         if self.writer is not None:
             release(block)
         else:
@@ -231,6 +241,15 @@ class _Run:
         return dtype if isinstance(dtype, torch.dtype) else None
 
 
+@contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Inside a block linears go by their short names: say in an error which block it was."""
+    try:
+        yield
+    except (CalibrationError, QuantizationError) as error:
+        raise type(error)(f"{block}: {error.message}", hint=error.hint) from error
+
+
 def _layer_report(name: str, result: LayerResult, seconds: float) -> LayerReport:
     spec = result.weight.spec
     return LayerReport(
@@ -262,10 +281,11 @@ def packed_state(
 
 
 def _identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another in a resume manifest."""
+    """What tells one model from another in a resume manifest, and what it is computed in."""
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
         "name": getattr(config, "_name_or_path", ""),
+        "dtype": str(dtype_of(model)),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
