@@ -17,6 +17,11 @@ def available_devices() -> list[str]:
     return [name for name in DEVICES if present[name]]
 
 
+def environment_device() -> str:
+    """What INC_TARGET_DEVICE asks for, in lower case; "auto" where it is not set."""
+    return os.environ.get("INC_TARGET_DEVICE", "").strip().lower() or "auto"  # noqa: TID251 - the one reader
+
+
 def quantization_device(requested: str = "auto") -> torch.device:
     """The device that quantization runs on.
 
@@ -26,7 +31,7 @@ def quantization_device(requested: str = "auto") -> torch.device:
     """
     source = "device"
     if requested == "auto":
-        requested = os.environ.get("INC_TARGET_DEVICE", "").strip().lower() or "auto"  # noqa: TID251 - the one reader
+        requested = environment_device()
         source = "INC_TARGET_DEVICE"
     available = available_devices()
     if requested == "auto":

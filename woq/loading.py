@@ -97,7 +97,7 @@ def load_float(
         path, found = find_blocks(frame, blocks)
         arguments["device_map"] = _disk_map(frame, path, len(found), device)
         arguments["offload_folder"] = str(_offload_folder())
-    with _explained(folder), _quiet_bars():
+    with _explained(folder), quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     return model.eval().requires_grad_(False)
 
@@ -147,7 +147,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_bars() -> Iterator[None]:
+def quiet_bars() -> Iterator[None]:
     """Without transformers' own progress bar, which would draw through ours."""
     from transformers.utils import logging
 

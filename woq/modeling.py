@@ -70,22 +70,22 @@ class AutoModelForCausalLM:
                 f"from_pretrained takes no {unknown}", hint=f"besides its own: {list(_HUB_ARGUMENTS)}"
             )
         folder = resolve_folder(path, hub)
-        device = _run_device(device_map)
+        device = run_device(device_map)
         quantized_already = "quantization_config" in read_json(folder / CONFIG)
         if quantized_already and quantization_config is not None:
             raise ConfigError(
                 f"{folder} is quantized already", hint="leave quantization_config out to load it"
             )
         stored = model_config(folder, trust_remote_code).dtype
-        run_dtype = _run_dtype(dtype, stored, device)
+        running = run_dtype(dtype, stored, device)
         if quantized_already:
             model = load_quantized(
-                folder, dtype=run_dtype, backend=backend, trust_remote_code=trust_remote_code
+                folder, dtype=running, backend=backend, trust_remote_code=trust_remote_code
             )
         elif quantization_config is None:
             from transformers import AutoModelForCausalLM as Plain
 
-            plain: Any = Plain.from_pretrained(folder, dtype=run_dtype, trust_remote_code=trust_remote_code)
+            plain: Any = Plain.from_pretrained(folder, dtype=running, trust_remote_code=trust_remote_code)
             return plain.to(device)
         else:
             config = quantization_config
@@ -103,7 +103,7 @@ class AutoModelForCausalLM:
             for module in model.modules():
                 if isinstance(module, QuantLinear):
                     module.requested_backend = backend
-        return _ready(model, device, run_dtype)
+        return _ready(model, device, running)
 
 
 def quantize_folder(
@@ -204,7 +204,7 @@ def _say_why_slow(model: nn.Module, target: Target) -> None:
         log.warning("%d layers run on the slow reference backend (%s)", count, told or "it was asked for")
 
 
-def _run_device(device_map: Any) -> torch.device:
+def run_device(device_map: Any) -> torch.device:
     """Raises ConfigError for maps over several devices and for devices that are not there."""
     if device_map is None or device_map == "auto":
         return torch.device(available_devices()[0])
@@ -216,7 +216,7 @@ def _run_device(device_map: Any) -> torch.device:
     return quantization_device(str(device_map))
 
 
-def _run_dtype(requested: torch.dtype | str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+def run_dtype(requested: torch.dtype | str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     """What the model runs in: as asked, else as stored, but never float16 on a CPU."""
     chosen = as_dtype(requested) or stored or torch.float32
     if requested == "auto" and device.type == "cpu" and chosen == torch.float16:

@@ -1,0 +1,249 @@
+"""What is in a checkpoint folder, quantized or float, told from headers, metadata and the model's shapes.
+
+The model is built without weights to learn its linears' shapes; of the tensors only scales and g_idx are read, which
+say what no header does. Whatever is unusual about a folder, so that another library may refuse or misread it, is
+listed as an oddity.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from woq.backends import choose, refusals
+from woq.backends.base import Target
+from woq.blocks import find_blocks, linears, weight_of
+from woq.checkpoint import CONFIG, GPTQ_BITS, FolderFormat, TensorFolder, TensorInfo, read_json
+from woq.console import human
+from woq.loading import model_config, skeleton
+from woq.modeling import run_device, run_dtype
+from woq.weights import PackedWeight, WeightSpec
+
+_DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "I64": 8,
+    "F64": 8,
+}
+_OTHERS_BLOCK = 32  # other readers of GPTQ folders want both sides of a matrix to be multiples of this
+
+
+@dataclass
+class Kind:
+    """Quantized layers that are alike. group: features that share a scale, or "channel". bytes: of all their tensors
+    but the bias. refused: the backends made for this device that will not run them, with their reasons."""
+
+    bits: int
+    group: int | str
+    sym: bool
+    desc_act: bool
+    scale_dtype: str
+    backend: str
+    refused: dict[str, str]
+    layers: int = 0
+    weights: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Facts:
+    """A folder. bytes: of all tensors. floats: what is not quantized, tensors of a kind by pattern -> description."""
+
+    folder: str
+    architecture: str
+    runs_on: str
+    bytes: int
+    parameters: int
+    quant_method: str | None = None
+    algorithm: str | None = None
+    checkpoint_format: str | None = None
+    layout: str | None = None
+    kinds: list[Kind] = field(default_factory=list)
+    floats: dict[str, str] = field(default_factory=dict)
+    oddities: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales, zero points and g_idx included; NaN where there are none."""
+        weights = sum(kind.weights for kind in self.kinds)
+        return 8 * sum(kind.bytes for kind in self.kinds) / weights if weights else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        bits = self.bits_per_weight
+        return {**asdict(self), "bits_per_weight": None if math.isnan(bits) else round(bits, 4)}
+
+
+def inspect_folder(
+    folder: Path, *, dtype: torch.dtype | str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Facts:
+    """Look into a local folder. dtype and device: where it would run, for the choice of backends.
+
+    Raises CheckpointError where files are missing, damaged, or do not fit the model.
+    """
+    raw = read_json(folder / CONFIG).get("quantization_config")
+    config = model_config(folder, trust_remote_code)
+    where = run_device(device)
+    target = Target(where, run_dtype(dtype, config.dtype, where))
+    if raw is not None:
+        del config.quantization_config  # transformers would look for its own quantizer
+    model = skeleton(config, None, trust_remote_code)
+    tensors = TensorFolder(folder)
+    facts = Facts(
+        folder=str(folder),
+        architecture=type(model).__name__,
+        runs_on=f"{target.device} in {str(target.dtype).removeprefix('torch.')}",
+        bytes=sum(_bytes(info) for info in tensors.index.values()),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    used: set[str] = set()
+    if raw is None:
+        facts.oddities = _float_oddities(model)
+    else:
+        used = _add_quantized(facts, model, FolderFormat.parse(raw, folder / CONFIG), tensors, target)
+    facts.floats = _floats({name: info for name, info in tensors.index.items() if name not in used})
+    return facts
+
+
+def _add_quantized(
+    facts: Facts, model: Any, form: FolderFormat, tensors: TensorFolder, target: Target
+) -> set[str]:
+    """Fill in what is quantized; returns the names of the tensors that belong to it."""
+    config = form.config
+    facts.quant_method = str(form.raw.get("quant_method"))
+    facts.algorithm = None if config is None else config.quant_method
+    facts.checkpoint_format = str(form.raw.get("checkpoint_format", "gptq"))
+    word = str(form.layout.compression_dtype).removeprefix("torch.")
+    facts.layout = f"{form.layout.packing}, {word} along dimension {form.layout.compression_dim}, "
+    facts.layout += f"zero points stored {'minus 1' if form.layout.zero_offset else 'as they are'}"
+    shapes = {name: weight_of(linear).shape for name, linear in linears(model).items()}
+    kinds: dict[tuple[Any, ...], Kind] = {}
+    packed: dict[str, PackedWeight] = {}
+    used: set[str] = set()
+    for name, headers in tensors.layers():
+        if name not in shapes:
+            facts.oddities.append(f"{name} is no linear of {facts.architecture}: the folder will not load")
+            continue
+        out_features, in_features = shapes[name]
+        packed[name] = tensors.packed(name, form.spec(name, in_features, out_features, headers), headers)
+        _count(kinds, packed[name].spec, headers, target)
+        used |= {f"{name}.{part}" for part in headers if part != "bias"}
+    facts.kinds = sorted(kinds.values(), key=lambda kind: -kind.weights)
+    facts.oddities += _quantized_oddities(facts, packed, form)
+    return used
+
+
+def _count(
+    kinds: dict[tuple[Any, ...], Kind], spec: WeightSpec, headers: Mapping[str, TensorInfo], target: Target
+) -> None:
+    refused, backend = refusals(spec, target), choose(spec, target).name
+    group = "channel" if spec.groups == 1 else spec.group_size
+    dtype = str(spec.scale_dtype).removeprefix("torch.")
+    key = (spec.bits, group, spec.sym, spec.desc_act, dtype, backend, *refused.items())
+    kind = kinds.setdefault(key, Kind(spec.bits, group, spec.sym, spec.desc_act, dtype, backend, refused))
+    kind.layers += 1
+    kind.weights += spec.in_features * spec.out_features
+    kind.bytes += sum(_bytes(info) for part, info in headers.items() if part != "bias")
+
+
+# --- what is unusual ---------------------------------------------------------------------------------------------
+
+
+def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: FolderFormat) -> list[str]:
+    specs = {name: weight.spec for name, weight in packed.items()}
+    negative = [name for name, weight in packed.items() if bool((weight.scales < 0).any())]
+    unusual = [name for name, weight in packed.items() if not bool(torch.isfinite(weight.scales).all())]
+    uneven = [n for n, s in specs.items() if s.in_features % _OTHERS_BLOCK or s.out_features % _OTHERS_BLOCK]
+    short = [n for n, s in specs.items() if s.in_features % s.group_size]
+    reordered = [n for n, s in specs.items() if s.desc_act]
+    wide = [n for n, s in specs.items() if s.scale_dtype != torch.float16]
+    odd_bits = sorted({s.bits for s in specs.values()} - set(GPTQ_BITS))
+    widths = sorted({s.bits for s in specs.values()})
+    found = [
+        (unusual, "hold scales that are not finite: the folder is damaged"),
+        (
+            uneven,
+            f"have a side that is no multiple of {_OTHERS_BLOCK}: other readers of GPTQ folders refuse them",
+        ),
+        (short, "end in a short group: other readers refuse or misread them"),
+        (
+            reordered,
+            "need a g_idx (activation order across groups): slower everywhere, refused by some kernels",
+        ),
+        (
+            negative,
+            "have negative scales: right here, misread by code that takes a scale's logarithm or size",
+        ),
+        (wide, "have scales that are not float16: other readers expect float16"),
+    ]
+    told = [f"{_some(names)} {what}" for names, what in found if names]
+    if odd_bits:
+        told.append(f"{odd_bits} bits are no GPTQ widths: nothing but woq reads them")
+    elif facts.quant_method == "woq":
+        told.append(f"the layout {form.layout.packing!r} with these words is read by woq only")
+    if facts.checkpoint_format == "gptq_v2":
+        told.append(
+            "checkpoint_format gptq_v2 (zero points as they are): AutoGPTQ refuses it, newer readers take it"
+        )
+    if len(widths) > 1:
+        told.append(
+            f"bits are mixed {widths}: servers that fuse q/k/v or gate/up want one width inside each group"
+        )
+    return told
+
+
+def _float_oddities(model: Any) -> list[str]:
+    """What a quantization of this float model will meet."""
+    path, blocks = find_blocks(model)
+    sizes = {weight_of(linear).shape[1] for block in blocks for linear in linears(block).values()}
+    ragged = sorted(size for size in sizes if size % 128)
+    if not ragged:
+        return []
+    fits = next((g for g in (64, 32, 16) if all(size % g == 0 for size in sizes)), -1)
+    return [
+        f"group_size 128 does not divide in_features {ragged} in {path!r}: use {fits}, or on_ragged_group"
+    ]
+
+
+def _some(names: list[str]) -> str:
+    first = ", ".join(names[:2])
+    return first if len(names) <= 2 else f"{first} and {len(names) - 2} more layers"
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * _DTYPE_BYTES.get(info.dtype, 1)
+
+
+def _floats(index: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Tensors in float by name, block numbers as "*"; vectors (norms, biases) in one entry."""
+    matrices: dict[str, list[TensorInfo]] = {}
+    vectors = [info for info in index.values() if len(info.shape) < 2]
+    for name, info in index.items():
+        if len(info.shape) >= 2:
+            matrices.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(info)
+    told = {name: _told(infos) for name, infos in matrices.items()}
+    if vectors:
+        told["norms and biases"] = _told(vectors)
+    return told
+
+
+def _told(infos: list[TensorInfo]) -> str:
+    shapes = sorted({info.shape for info in infos})
+    shape = f" {list(shapes[0])}" if len(shapes) == 1 else ""
+    dtypes = "/".join(sorted({info.dtype for info in infos}))
+    return f"{len(infos)} x {dtypes}{shape}, {human(sum(map(_bytes, infos)))}"
