@@ -283,7 +283,11 @@ class TensorFolder:
         g_idx = tensors.get("g_idx")
         if g_idx is None or (g_idx.shape == trivial.shape and not g_idx.any()):
             g_idx = tensors["g_idx"] = trivial
-        if g_idx.shape == trivial.shape and not torch.equal(g_idx, trivial):
+        if g_idx.shape != trivial.shape or g_idx.dtype != trivial.dtype:
+            raise CheckpointError(
+                f"layer {name!r}: g_idx is {g_idx.dtype} {list(g_idx.shape)}, expected torch.int32 [{spec.in_features}]"
+            )
+        if not torch.equal(g_idx, trivial):
             if g_idx.min() < 0 or g_idx.max() >= spec.groups:
                 raise CheckpointError(
                     f"layer {name!r}: g_idx names groups {int(g_idx.min())} to {int(g_idx.max())} of {spec.groups}"
