@@ -21,8 +21,8 @@ excited first and features sorted inside each, which needs no g_idx.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -30,66 +30,13 @@ from torch import Tensor, nn
 
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.algorithms.hessian import SecondMoment, factor_with_ladder, relative_error
+from woq.algorithms.rounding import Grids, Params, group_spans, round_columns
 from woq.algorithms.rtn import round_to_nearest
 from woq.blocks import linears, weight_of, write_back
 from woq.configs import GPTQConfig
-from woq.quant import Search, dequantize, group_params, quantize
+from woq.quant import Search
 from woq.replay import BlockInputs, input_groups, observe
 from woq.weights import QuantizedWeight, WeightSpec
-
-# (first feature, float32 [N, columns]: the weights from there on as corrected so far) -> scale, zero, each [N]
-Params = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-
-
-def _spans(features: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most `block_size` features that never cross a group's border."""
-    for group in range(0, features, group_size):
-        end = min(group + group_size, features)
-        for start in range(group, end, block_size):
-            yield start, min(start + block_size, end)
-
-
-def round_columns(
-    weight: Tensor, factor: Tensor, bits: int, spans: Iterator[tuple[int, int]], params: Params
-) -> tuple[Tensor, Tensor]:
-    """The column loop: codes and dequantized weight, both float32 [K, N] (transposed: a feature's weights in a row).
-
-    weight: float32 [N, K] in the order of rounding. factor: U of `inverse_factor` in that order.
-    params: called for every feature when its turn comes.
-    """
-    rows = weight.t().contiguous()
-    codes = torch.empty_like(rows)
-    rounded = torch.empty_like(rows)
-    for start, end in spans:
-        u = factor[start:end, start:end]
-        pivots = u.diagonal().tolist()
-        errors = rows.new_zeros(end - start, rows.shape[1])
-        for j in range(end - start):
-            i = start + j
-            scale, zero = params(i, rows)
-            w = torch.addmv(rows[i], errors[:j].t(), u[:j, j], alpha=-1) if j else rows[i]
-            codes[i] = quantize(w, scale, zero, bits)
-            rounded[i] = dequantize(codes[i], scale, zero)
-            errors[j] = (w - rounded[i]) / pivots[j]
-        rows[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    return codes, rounded
-
-
-@dataclass
-class Grids:
-    """Scales and zero points [N, G] of one rounding run, and how a feature finds its own.
-
-    group_of: for each position in rounding order, the group it belongs to.
-    """
-
-    scales: Tensor
-    zeros: Tensor
-    group_of: list[int]
-
-    def at(self, position: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid of the feature at `position`."""
-        group = self.group_of[position]
-        return self.scales[:, group], self.zeros[:, group]
 
 
 class Gptq(Algorithm[GPTQConfig]):
@@ -144,7 +91,7 @@ class Gptq(Algorithm[GPTQConfig]):
         unexcited = hessian.diagonal() == 0
         hessian.diagonal()[unexcited] = 1.0  # decoupled from the rest: such a feature is rounded by itself
         tall, damping, note = torch.cat(list(weights)), None, ""
-        spec = specs[names[0]]
+        spec = replace(specs[names[0]], out_features=len(tall))
         rounded = self._round(tall, spec, hessian) if moment.tokens else None
         if rounded is None:
             note = "no calibration token reached it" if not moment.tokens else "Hessian not positive definite"
@@ -170,77 +117,49 @@ class Gptq(Algorithm[GPTQConfig]):
         """(codes uint8 [N, K], scales, zeros, g_idx, damping), or None where no damping makes H definite."""
         config = self.config
         order = self._order(hessian.diagonal(), spec.group_size)
-        h = hessian if order is None else hessian[order][:, order]
-        factored = factor_with_ladder(h, config.damp_percent)
+        factored = factor_with_ladder(hessian[order][:, order], config.damp_percent)
         if factored is None:
             return None
         factor, damping = factored
-        ordered = weight if order is None else weight[:, order]
-        grids = self._grids(weight, spec, hessian.diagonal(), order)
-        choose: Params = grids.at
-        spans = _spans(spec.in_features, spec.group_size, config.block_size)
-        if not (config.desc_act and config.static_groups):
-            choose = self._choosing(grids, spec, h.diagonal())
-        codes, _ = round_columns(ordered, factor, spec.bits, spans, choose)
-        g_idx = None
-        if order is not None:
-            back = torch.argsort(order)
-            codes = codes[back]
-            if spec.desc_act:
-                g_idx = (back // spec.group_size).to(torch.int32)
+        # What an error in feature i costs once later features have absorbed what they can: 1 / U[i,i]^2.
+        importance = factor.diagonal().square().reciprocal() if config.search == "activation" else None
+        back = torch.argsort(order)
+        if config.desc_act and config.static_groups:
+            nearest = round_to_nearest(
+                weight, spec, self.search, None if importance is None else importance[back]
+            )
+            group_of = (order // spec.group_size).tolist()
+            grids = Grids(nearest.scales.float(), nearest.zeros.float(), group_of)
+            params: Params = grids.at
+        else:
+            positions = torch.arange(spec.in_features) if spec.desc_act else order
+            group_of = (positions // spec.group_size).tolist()
+            grids = Grids.empty(weight.shape[0], spec.groups, group_of, weight.device)
+            params = grids.choosing(spec, self.search, importance)
+        spans = group_spans(spec.in_features, spec.group_size, config.block_size)
+        codes = round_columns(weight[:, order], factor, spec.bits, spans, params)[back]
         return (
             codes.t().to(torch.uint8).contiguous(),
             grids.scales.to(spec.scale_dtype),
             grids.zeros.to(torch.uint8),
-            g_idx,
+            (back // spec.group_size).to(torch.int32) if spec.desc_act else None,
             damping,
         )
 
-    def _order(self, excitation: Tensor, group_size: int) -> Tensor | None:
-        """int64 [K], the order of rounding, or None for the stored one."""
+    def _order(self, excitation: Tensor, group_size: int) -> Tensor:
+        """int64 [K], the order of rounding: most excited first, over all features or group by group."""
+        features = torch.arange(len(excitation), device=excitation.device)
         if self.config.desc_act:
             return torch.argsort(excitation, descending=True, stable=True)
         if not self.config.act_group_aware:
-            return None
-        groups = list(excitation.split(group_size))
-        short = [groups.pop()] if groups[-1].numel() < group_size else []  # a short last group stays last
-        by_group = torch.argsort(
-            torch.stack([g.mean() for g in groups]), descending=True, stable=True
-        ).tolist()
-        by_group += [len(groups)] * len(short)
-        sorted_groups = [torch.argsort(g, descending=True, stable=True) for g in groups + short]
-        return torch.cat([sorted_groups[g] + g * group_size for g in by_group])
-
-    def _grids(self, weight: Tensor, spec: WeightSpec, excitation: Tensor, order: Tensor | None) -> Grids:
-        """Static groups: all grids now, from the weight as it is. Otherwise empty ones, filled on the way."""
-        positions = torch.arange(spec.in_features, device=weight.device)
-        if self.config.desc_act and not self.config.static_groups:
-            group_of = positions // spec.group_size  # groups are made in rounding order
-        else:
-            group_of = (positions if order is None else order) // spec.group_size
-        if self.config.desc_act and self.config.static_groups:
-            importance = excitation if self.config.search == "activation" else None
-            nearest = round_to_nearest(weight, spec, self.search, importance)
-            return Grids(nearest.scales.float(), nearest.zeros.float(), group_of.tolist())
-        empty = weight.new_empty(weight.shape[0], spec.groups)
-        return Grids(empty, empty.clone(), group_of.tolist())
-
-    def _choosing(self, grids: Grids, spec: WeightSpec, excitation: Tensor) -> Params:
-        """Choose each group's grid when its first feature comes up, from the weights as corrected by then."""
-        weighted = self.config.search == "activation"
-
-        def choose(position: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            if position % spec.group_size == 0:
-                members = slice(position, min(position + spec.group_size, spec.in_features))
-                importance = excitation[members] if weighted else None
-                scale, zero = group_params(
-                    rows[members].t(), spec.bits, spec.sym, spec.scale_dtype, self.search, importance
-                )
-                group = grids.group_of[position]
-                grids.scales[:, group], grids.zeros[:, group] = scale, zero
-            return grids.at(position, rows)
-
-        return choose
+            return features
+        groups = list(torch.split(excitation, group_size))
+        means = torch.stack([group.mean() for group in groups])
+        if len(groups[-1]) < group_size:
+            means[-1] = -1.0  # a short last group stays last, so that groups begin at multiples of their size
+        by_group = torch.argsort(means, descending=True, stable=True).tolist()
+        inside = [torch.argsort(group, descending=True, stable=True) for group in groups]
+        return torch.cat([inside[g] + g * group_size for g in by_group])
 
 
 def _alike(group: Sequence[str], specs: Mapping[str, WeightSpec]) -> list[list[str]]:

@@ -42,11 +42,11 @@ class GPTQConfig(CalibratedConfig):
     """Round columns in order of falling activation; groups then need a g_idx at run time."""
     static_groups: bool = False
     """Fix every group's scale before rounding starts, so that desc_act needs no g_idx."""
-    act_group_aware: bool = False
+    act_group_aware: bool = Field(default_factory=lambda data: not data.get("desc_act", False))
     """Reorder whole groups and columns inside groups only: most of desc_act's gain, no g_idx."""
     block_size: Count = 128
     """Columns rounded before their error is applied to all later ones; speed only."""
-    search: Literal["minmax", "mse", "activation"] = "mse"
+    search: Literal["minmax", "mse", "activation"] = "activation"
     """Scale and zero of a group: the whole range, least squared weight error, or that weighted by the Hessian's
     diagonal."""
 

@@ -1,0 +1,122 @@
+"""Perplexity and KL divergence of every algorithm at 4, 3 and 2 bits, in the fixed protocol: one CSV row a setting.
+
+    python benchmarks/quality.py --data ../shared/data --model stories15M
+    python benchmarks/quality.py --data ../shared/data --model smollm2-135m --folder /path/to/SmolLM2-135M-Instruct
+
+The protocol: fixed calibration and test windows (data/quality/<model>.safetensors, tensors "calib" and "test"), all
+linears but the head, group 32 (stories15M) or 64 (SmolLM2), float32 evaluation of the dequantized weights, so that
+only the quantization is judged. Seconds are those of quantizing, calibration included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import platform
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from woq import QuantConfig, config_from_dict, quantize
+from woq.evaluation import compare, perplexity
+from woq.linear import QuantLinear
+
+GROUP = {"stories15M": 32, "smollm2-135m": 64}
+METHODS: dict[str, dict[str, Any]] = {
+    "RTN minmax": {"quant_method": "rtn", "search": "minmax"},
+    "RTN": {"quant_method": "rtn"},
+    "GPTQ paper": {"quant_method": "gptq", "search": "minmax"},
+    "GPTQ": {"quant_method": "gptq"},
+}
+COLUMNS = (
+    "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",
+    "perplexity", "kl", "top1", "seconds",
+)  # fmt: skip
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """`model` with every `QuantLinear` replaced by a float linear of the same weight: the quantization alone."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.dequantize(), requires_grad=False)
+            linear.bias = module.bias
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, linear)
+    return model
+
+
+def measure(model: nn.Module, config: QuantConfig, calib: Tensor, test: Tensor, device: str) -> dict[str, Any]:
+    """Quantize a copy of `model` and compare it with the original."""
+    work = copy.deepcopy(model)
+    started = time.perf_counter()
+    quantize(work, config, calib, device=device)
+    seconds = time.perf_counter() - started
+    result = compare(dequantized(work).to(device), model, test, batch_size=16)
+    return {
+        "perplexity": round(result.perplexity.value, 4),
+        "kl": round(result.kl, 5),
+        "top1": round(result.top1_agreement, 4),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and quality/")
+    parser.add_argument("--model", choices=GROUP, required=True)
+    parser.add_argument("--folder", type=Path, help="the float checkpoint; default: DATA/models/MODEL")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--windows", type=int, help="test windows to use; default: all, as the protocol says")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="CSV to write; default: benchmarks/results/quality-MODEL.csv")
+    options = parser.parse_args()
+
+    tokens = load_file(options.data / "quality" / f"{options.model}.safetensors")
+    calib, test = tokens["calib"].long(), tokens["test"].long()[: options.windows]
+    folder = options.folder or options.data / "models" / options.model
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.eval().requires_grad_(False).to(options.device)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    same = {
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+        "machine": f"{options.device}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "model": options.model,
+        "windows": len(test),
+        "group_size": GROUP[options.model],
+    }
+    plain = perplexity(model, test, batch_size=16).value
+    rows = [{**same, "method": "float", "perplexity": round(plain, 4)}]
+    print(f"{'float':12s} ppl {plain:.4f}", flush=True)
+    for bits in options.bits:
+        for method in options.methods:
+            for sym in (True, False):
+                settings = {
+                    **METHODS[method], "bits": bits, "sym": sym, "group_size": GROUP[options.model], "seq_len": calib.shape[1],
+                }  # fmt: skip
+                if settings["quant_method"] == "rtn":
+                    del settings["seq_len"]
+                row = measure(model, config_from_dict(settings), calib, test, options.device)
+                rows.append({**same, "method": method, "sym": sym, "bits": bits, **row})
+                told = "sym " if sym else "asym"
+                print(f"{method:12s} {told} W{bits} ppl {row['perplexity']:.4f} KL {row['kl']:.5f} {row['seconds']} s", flush=True)
+    out = options.out or Path(__file__).parent / "results" / f"quality-{options.model}.csv"
+    with out.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
