@@ -59,7 +59,7 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model transformers knows: {error}") from error
 
 
@@ -89,17 +89,37 @@ def load_float(
     Where its weights are large for the memory that is free ("auto"), or always, its blocks stay on disk and all else
     goes to `device`; transformers and accelerate read a block's weights when they are needed.
     """
-    from transformers import AutoModelForCausalLM
-
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if offload == "always" or (offload == "auto" and not _fits(folder)):
         frame = skeleton(model_config(folder, trust_remote_code), None, trust_remote_code)
         path, found = find_blocks(frame, blocks)
         arguments["device_map"] = _disk_map(frame, path, len(found), device)
         arguments["offload_folder"] = str(_offload_folder())
-    with _explained(folder), quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    return model.eval().requires_grad_(False)
+    return from_transformers(folder, **arguments).eval().requires_grad_(False)
+
+
+def from_transformers(folder: Path, **arguments: Any) -> Any:
+    """transformers' own `from_pretrained`, from safetensors only.
+
+    Raises CheckpointError where files cannot be read, and where a tensor is missing or of another shape:
+    transformers would go on with random weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained
+    with (
+        _explained(folder),
+        quiet_bars(),
+    ):  # what does not fit is told here, by name, not in a table on stderr
+        model, info = read(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    wrong = [f"no tensor for {name}" for name in sorted(info["missing_keys"])]
+    wrong += [f"{n} is {list(got)}, expected {list(due)}" for n, got, due in sorted(info["mismatched_keys"])]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}")
+    return model
 
 
 def _fits(folder: Path) -> bool:

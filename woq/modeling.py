@@ -17,7 +17,7 @@ from woq.configs import QuantConfig, config_from_dict
 from woq.device import available_devices, quantization_device
 from woq.errors import CheckpointError, ConfigError
 from woq.linear import QuantLinear
-from woq.loading import Offload, load_float, load_quantized, model_config, resolve_folder
+from woq.loading import Offload, from_transformers, load_float, load_quantized, model_config, resolve_folder
 from woq.progress import ConsoleProgress, Progress
 from woq.report import Report
 from woq.saving import finish_folder, save_pretrained
@@ -83,9 +83,7 @@ class AutoModelForCausalLM:
                 folder, dtype=running, backend=backend, trust_remote_code=trust_remote_code
             )
         elif quantization_config is None:
-            from transformers import AutoModelForCausalLM as Plain
-
-            plain: Any = Plain.from_pretrained(folder, dtype=running, trust_remote_code=trust_remote_code)
+            plain = from_transformers(folder, dtype=running, trust_remote_code=trust_remote_code)
             return plain.to(device)
         else:
             config = quantization_config
