@@ -83,6 +83,16 @@ def test_every_way_gives_the_same_tensors(
     assert texts["never"] == texts["always"] == texts["memory"]
 
 
+def test_dropout_is_off(tiny_model: TinyModel) -> None:
+    states = []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        quantize(model, config_of("gptq"), calibration())
+        assert not model.training
+        states.append(model.state_dict())
+    assert same(*states)
+
+
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_twice_is_the_same_to_the_byte(
     method: str, float_folder: Callable[[str], Path], tmp_path: Path

@@ -59,6 +59,7 @@ def quantize(
     A model quantized in memory says so in its `config.quantization_config`, and `woq.save_pretrained` saves it.
     Raises the errors of `woq.errors`; what concerns configuration, shapes or data, before anything is changed.
     """
+    model.eval()  # dropout would calibrate on noise
     run = _Run(model, config, quantization_device(device or config.device), progress or Progress(), writer)
     run.prepare(calibration, tokenizer)
     run.all_blocks()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,10 @@ def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int, Forward], For
                 block.__dict__["forward"] = forward
 
 
+class _SeenAll(Exception):
+    """What a forward pass was started for is written down: the rest, logits of every token above all, is not run."""
+
+
 def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     return {"input_ids": batch.input_ids.to(device), "attention_mask": mask, "use_cache": False}
@@ -118,13 +122,16 @@ def capture(
                     output = own_forward(*args, **kwargs)
                     found.tail = tuple(output[1:]) if isinstance(output, tuple) else None
             found.calls[i].append(call)
+            if i == len(blocks) - 1:
+                raise _SeenAll
             return found.output(hidden)
 
         return record
 
     with _forwards_replaced(blocks, make):
         for batch in batches:
-            model(**_model_inputs(batch, device))
+            with suppress(_SeenAll):
+                model(**_model_inputs(batch, device))
     _share_equal_arguments(found.calls)
     for i, value in enumerate(found.hidden):
         if not torch.isfinite(value).all():
@@ -179,6 +186,8 @@ def verify_replay(
             for name, value, expected in named:
                 if not _same(value, expected):
                     raise _no_replay(f"argument {name!r} of block {i} depends on the blocks before it")
+            if i == len(blocks) - 1:
+                raise _SeenAll
             with _brought_to(blocks[i], device):
                 result = own_forward(*args, **kwargs)
             output.append(first_tensor(result).clone())
@@ -186,7 +195,7 @@ def verify_replay(
 
         return check
 
-    with _forwards_replaced(blocks, make):
+    with _forwards_replaced(blocks, make), suppress(_SeenAll):
         model(**_model_inputs(batch, device))
 
 
@@ -279,11 +288,16 @@ def head_inputs(
 
         return pass_on
 
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _SeenAll
+
+    handle = head.register_forward_pre_hook(record)
     try:
         with _forwards_replaced(blocks, make):
             for batch in batches:
-                model(**_model_inputs(batch, inputs.device))
+                with suppress(_SeenAll):
+                    model(**_model_inputs(batch, inputs.device))
     finally:
         handle.remove()
     return BlockInputs(inputs.device, seen, [BlockCall((), {})] * len(seen), inputs.masks)
