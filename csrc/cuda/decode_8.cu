@@ -1,0 +1,3 @@
+#include "decode_launch.cuh"
+
+template cudaError_t woq::launch_decode<8>(const DecodeArgs&, bool, int, bool, bool, cudaStream_t);

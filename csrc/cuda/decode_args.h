@@ -1,0 +1,62 @@
+// What a decode launch is told, and how it divides shared memory: the part that host and device share.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define WOQ_HOST_DEVICE __host__ __device__
+#else
+#define WOQ_HOST_DEVICE
+#endif
+
+namespace woq {
+
+constexpr int kBlock = 64;         // rows and inputs of a block of weights
+constexpr int kDecodeTokens = 32;  // most tokens of one launch
+constexpr int kMaxWarps = 8;       // of a thread block
+
+struct DecodeArgs {
+  const void* x;          // [m, k], rows contiguous
+  const uint8_t* weight;  // [row_groups][k_blocks][block_bytes]
+  const uint8_t* scales;  // [row_groups][groups][scale_stride]
+  const int* order;       // [k] or null: input j of the weight is column order[j] of x
+  void* y;                // [m, n]
+  int m, n, k;
+  int row_groups, k_blocks, groups;
+  int group_units;              // group size / 32
+  uint32_t group_reciprocal;    // floor(2^32 / group_units) + 1: dividing by multiplying
+  int scale_stride;             // bytes a group: 128, or 192 with zero points
+  float symmetric_zero;         // 2^(bits-1)
+  bool scale_is_bf16;
+  int k_warps, row_warps, stages, split;  // the plan, see decode.cuh
+};
+
+// Blocks of weights that a warp multiplies each time it is handed a stage.
+constexpr WOQ_HOST_DEVICE int blocks_per_turn(int bits) { return bits == 8 ? 1 : 2; }
+
+// Shared memory: barriers | ring of stages | x | partial sums of the warps | partial sums of the cluster (two parities)
+struct DecodeLayout {
+  int stage_blocks;   // blocks of one row group in a stage
+  int scale_offset;   // in a stage: weights of all row warps, then scales
+  int scale_room;     // scales of one row group
+  int stage, ring, x, x_stride, partial, partial_stride, gather, total;
+
+  WOQ_HOST_DEVICE static DecodeLayout of(int bits, const DecodeArgs& a) {
+    DecodeLayout l;
+    const int rows = kBlock * a.row_warps, slice = (a.k_blocks + a.split - 1) / a.split;
+    l.stage_blocks = a.k_warps * blocks_per_turn(bits);
+    l.scale_offset = a.row_warps * l.stage_blocks * 512 * bits;
+    l.scale_room = (2 * l.stage_blocks / a.group_units + 2) * a.scale_stride;
+    l.stage = (l.scale_offset + a.row_warps * l.scale_room + 127) / 128 * 128;
+    l.ring = 256;
+    l.x = l.ring + a.stages * l.stage;
+    l.x_stride = slice * kBlock * 2 + 16;  // 16 bytes off a multiple of 128: ldmatrix rows fall into different banks
+    l.partial = l.x + (a.m * l.x_stride + 15) / 16 * 16;
+    l.partial_stride = rows + 4;           // 4 off a multiple of 32: a warp's stores fall into different banks
+    l.gather = l.partial + a.k_warps * a.m * l.partial_stride * 4;
+    l.total = l.gather + (a.split > 1 ? 2 * a.m * rows * 4 : 0);
+    return l;
+  }
+};
+
+}  // namespace woq

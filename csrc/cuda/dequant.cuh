@@ -1,0 +1,120 @@
+// Packed codes to tensor-core fragments: the one place that knows how 2, 3, 4 and 8 bits lie in memory.
+//
+// A *block* is 64 output rows x 64 inputs. It is stored as ready A fragments of mma.m16n8k16 (and of wgmma m64k16, which
+// has the same ones): for row tile t (16 rows) and lane l, BITS words that hold the lane's 32 codes. A code pair, two
+// neighbours in k, sits BITS wide in the low and in the high half of a word, so that one shift and one lop3 move both
+// into the top of a 16-bit float's mantissa:
+//
+//     exponent of 2^b | code << (mantissa - b)   ==   2^b + code,   exactly, in bf16 and in fp16
+//
+// No integer-to-float conversion and no subtraction: the offset 2^b is removed together with the zero point, once a group,
+// on the fp32 sum. Eight bits do not fit bf16's seven mantissa bits; there a code is two nibbles, (256 + 16 high) and
+// (16 + low), multiplied one after the other into the same accumulator: the tensor cores are idle anyway.
+//
+// Word order within a lane (pair p = 4 j + i belongs to register i of the fragment of k-step j, 16 inputs each):
+//     4 bits: word j, pair i at bit 4 i                  2 bits: word j / 2, at bit 2 (4 (j % 2) + i)
+//     8 bits: word 2 j + i / 2, at bit 8 (i % 2)         3 bits: low two bits as 2 bits; then one word, top bit of pair p at bit p
+// Blocks are [t][lane][words] (3 bits: the two-bit plane, then the one-bit plane; 8 bits: [t][half][lane][4 words]).
+#pragma once
+
+#include "decode_args.h"
+#include "ptx.cuh"
+
+namespace woq {
+
+constexpr int kRowTiles = 4;     // 16-row tiles in a block
+constexpr int kGroupUnit = 32;   // group sizes are multiples of this: half a block
+
+template <class T>
+struct Float16;
+template <>
+struct Float16<__nv_bfloat16> {
+  static constexpr int mantissa = 7, bias = 127;
+  static constexpr uint32_t ones = 0x3F803F80;
+  using Pair = __nv_bfloat162;
+  __device__ static Pair twice(float v) { return __float2bfloat162_rn(v); }
+  __device__ static __nv_bfloat16 round(float v) { return __float2bfloat16_rn(v); }
+  __device__ static float value(uint32_t bits) { return __uint_as_float(bits << 16); }
+};
+template <>
+struct Float16<__half> {
+  static constexpr int mantissa = 10, bias = 15;
+  static constexpr uint32_t ones = 0x3C003C00;
+  using Pair = __half2;
+  __device__ static Pair twice(float v) { return __float2half2_rn(v); }
+  __device__ static __half round(float v) { return __float2half_rn(v); }
+  __device__ static float value(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+};
+
+template <class T, int BITS>
+struct Codes {
+  static constexpr bool split = BITS > Float16<T>::mantissa;         // 8 bits in bf16: two nibbles
+  static constexpr int fragments = split ? 2 : 1;                    // MMAs a k-step
+  static constexpr float offset = split ? 272.f : float(1 << BITS);  // what the fragments add to every code
+  static constexpr int words = BITS == 8 ? 4 : BITS;                 // held at a time: a block's, or half a block's for 8 bits
+  static constexpr int block_bytes = kBlock * kBlock * BITS / 8;
+
+  // Words of row tile `t`, and for 8 bits of inputs 32 half .. 32 half + 31.
+  __device__ static void load(uint32_t (&w)[words], const uint8_t* block, int t, int half, int lane) {
+    if constexpr (BITS == 2 || BITS == 3) {
+      const uint2 v = *reinterpret_cast<const uint2*>(block + (t * 32 + lane) * 8);
+      w[0] = v.x, w[1] = v.y;
+      if constexpr (BITS == 3) w[2] = *reinterpret_cast<const uint32_t*>(block + 1024 + (t * 32 + lane) * 4);
+    } else {
+      const int tile = BITS == 8 ? 2 * t + half : t;
+      const uint4 v = *reinterpret_cast<const uint4*>(block + (tile * 32 + lane) * 16);
+      w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
+  }
+
+  // The A fragment of k-step j (0..3) of the block: 2^b + code in every element, or one nibble's share of that.
+  template <int PART = 0>
+  __device__ static void fragment(uint32_t (&a)[4], const uint32_t (&w)[words], int j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (BITS == 4) {
+        a[i] = place<4, 4>(w[j], 4 * i);
+      } else if constexpr (BITS == 8) {
+        const uint32_t word = w[2 * (j & 1) + i / 2];
+        const int bit = 8 * (i % 2);
+        if constexpr (!split) a[i] = place<8, 8>(word, bit);
+        else if constexpr (PART == 0) a[i] = place<4, 4>(word, bit);
+        else a[i] = place<4, 8>(word, bit + 4);
+      } else {
+        const int pair = 4 * (j & 1) + i;
+        a[i] = place<2, BITS>(w[j / 2], 2 * pair, Float16<T>::mantissa - BITS);
+        if constexpr (BITS == 3)
+          a[i] = and_or(shift(w[2], Float16<T>::mantissa - 1 - (4 * j + i)), 0x10001u << (Float16<T>::mantissa - 1), a[i]);
+      }
+    }
+  }
+
+ private:
+  // (a & b) | c in one instruction; the compiler makes two of it when b and c are constants.
+  __device__ static uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
+
+  __device__ static uint32_t shift(uint32_t word, int left) { return left >= 0 ? word << left : word >> -left; }
+
+  // WIDTH-bit field of both halves of `word`, from bit `from` to bit `to`, under the exponent of 2^EXPONENT.
+  template <int WIDTH, int EXPONENT>
+  __device__ static uint32_t place(uint32_t word, int from, int to = Float16<T>::mantissa - WIDTH) {
+    const uint32_t mask = (((1u << WIDTH) - 1) * 0x10001u) << to;
+    constexpr uint32_t exponent = (uint32_t(Float16<T>::bias + EXPONENT) << Float16<T>::mantissa) * 0x10001u;
+    return and_or(shift(word, to - from), mask, exponent);
+  }
+};
+
+// Scales of one group for the 64 rows of a block row: 64 x 16 bit, then (asymmetric weights) 64 x uint8 zero points, both
+// ordered [row % 8][row / 16][(row / 8) % 2], so that a lane's eight values are one 16-byte and one 8-byte load.
+constexpr int kScaleBytes = 2 * kBlock;
+constexpr int kZeroBytes = kBlock;
+
+__device__ __forceinline__ float scale_value(uint32_t bits16, bool is_bf16) {
+  return is_bf16 ? __uint_as_float(bits16 << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits16)));
+}
+
+}  // namespace woq

@@ -1,0 +1,85 @@
+// Instantiates the prefill kernel for one bit width.
+#pragma once
+
+#include <atomic>
+
+#include "prefill.cuh"
+#include "prefill.h"
+
+namespace woq {
+
+// x as TMA sees it: [m, k] in tiles of `tokens` x 64, swizzled. The driver's function is looked up, not linked.
+inline cudaError_t describe_x(CUtensorMap* map, const DecodeArgs& a, bool is_bf16, int tokens) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {cuuint64_t(a.k), cuuint64_t(a.m)}, strides[1] = {cuuint64_t(a.k) * 2};
+  const cuuint32_t box[2] = {kBlock, cuuint32_t(tokens)}, ones[2] = {1, 1};
+  const CUresult result = encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(a.x),
+                                 sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class T, int BITS, int TOKENS>
+cudaError_t launch_tile(DecodeArgs a, bool is_bf16, bool early_start, cudaStream_t stream) {
+  const auto kernel = prefill_kernel<T, BITS, TOKENS>;
+  static std::atomic<uint64_t> raised{0};  // one bit a device: its shared-memory limit has been raised for this kernel
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess && !(raised.load(std::memory_order_relaxed) >> (device & 63) & 1)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error == cudaSuccess) raised.fetch_or(uint64_t(1) << (device & 63), std::memory_order_relaxed);
+  }
+  if (error != cudaSuccess) return error;
+  a.row_warps = kRowGroups, a.k_warps = 1;
+  while (a.stages > 2 && PrefillLayout<T, BITS, TOKENS>::total(a.stages, a.split) > limit) --a.stages;
+  CUtensorMap map;
+  error = describe_x(&map, a, is_bf16, TOKENS);
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(a.split, (a.row_groups + kRowGroups - 1) / kRowGroups, (a.m + TOKENS - 1) / TOKENS);
+  config.blockDim = dim3(kPrefillThreads);
+  config.dynamicSmemBytes = PrefillLayout<T, BITS, TOKENS>::total(a.stages, a.split);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (a.split > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(a.split), 1, 1};
+    ++config.numAttrs;
+  }
+  if (early_start) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, a, map);
+}
+
+template <class T, int BITS>
+cudaError_t launch_tokens(const DecodeArgs& a, bool is_bf16, int tokens, bool early_start, cudaStream_t stream) {
+  switch (tokens) {
+    case 16: return launch_tile<T, BITS, 16>(a, is_bf16, early_start, stream);
+    case 32: return launch_tile<T, BITS, 32>(a, is_bf16, early_start, stream);
+    case 64: return launch_tile<T, BITS, 64>(a, is_bf16, early_start, stream);
+    case 128: return launch_tile<T, BITS, 128>(a, is_bf16, early_start, stream);
+    default: return launch_tile<T, BITS, 256>(a, is_bf16, early_start, stream);
+  }
+}
+
+template <int BITS>
+cudaError_t launch_prefill(const DecodeArgs& a, bool is_bf16, int tokens, bool early_start, cudaStream_t stream) {
+  return is_bf16 ? launch_tokens<__nv_bfloat16, BITS>(a, true, tokens, early_start, stream)
+                 : launch_tokens<__half, BITS>(a, false, tokens, early_start, stream);
+}
+
+}  // namespace woq
