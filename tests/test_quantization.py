@@ -121,7 +121,8 @@ def test_self_sampled_calibration_is_repeatable(tiny_model: TinyModel) -> None:
 # --- GPTQ in the loop --------------------------------------------------------------------------------------------
 
 LOOP = {
-    "plain": {},
+    "default": {},
+    "stored": {"act_group_aware": False},
     "true_sequential": {"true_sequential": True},
     "desc_act": {"desc_act": True},
     "static_groups": {"desc_act": True, "static_groups": True},
