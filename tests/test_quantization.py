@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from tests.tiny_models import TINY_ARCHITECTURES, VOCABULARY
 from woq import GPTQConfig, QuantConfig, RtnConfig, quantize, quantize_folder, save_pretrained
 from woq.algorithms import ALGORITHMS
+from woq.algorithms.gptq import Gptq
+from woq.blocks import find_blocks
 from woq.configs import CONFIGS, CalibratedConfig
 from woq.errors import CalibrationError, QuantizationError
 from woq.head import shares_embeddings
 from woq.linear import QuantLinear
 from woq.progress import Progress
+from woq.replay import BlockInputs
 
 TinyModel = Callable[[str], nn.Module]
 QUIET = Progress()
@@ -116,6 +119,42 @@ def test_self_sampled_calibration_is_repeatable(tiny_model: TinyModel) -> None:
         quantize(model, GPTQConfig(group_size=32, num_samples=4, seq_len=16))
         states.append(model.state_dict())
     assert same(*states)
+
+
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+def test_each_block_is_calibrated_on_what_it_will_get(
+    arch: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs an algorithm sees are those that the finished model gives the block: the blocks before are quantized,
+    and its arguments are its own (gemma3's masks differ from block to block)."""
+    given: list[tuple[Tensor, dict[str, Any]]] = []
+    real = Gptq.quantize_block
+
+    def recording(self: Gptq, block: nn.Module, specs: Any, inputs: BlockInputs) -> Any:
+        given.append((inputs.hidden[0].clone(), dict(inputs.calls[0].kwargs)))
+        return real(self, block, specs, inputs)
+
+    monkeypatch.setattr(Gptq, "quantize_block", recording)
+    model: Any = tiny_model(arch)
+    ids = calibration()
+    quantize(model, config_of("gptq", bits=3), ids)
+    _, blocks = find_blocks(model)
+    got: list[tuple[Tensor, dict[str, Any]]] = []
+    for block in blocks:
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: got.append((args[0] if args else kwargs["hidden_states"], kwargs)),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        model(ids[0], use_cache=False)
+    assert len(given) == len(got) == len(blocks)
+    for (hidden, arguments), (expected, due) in zip(given, got, strict=True):
+        assert torch.allclose(hidden, expected, rtol=1e-4, atol=1e-4)
+        for name, value in arguments.items():
+            assert (value is None) == (due[name] is None), name
+            assert not isinstance(value, Tensor) or torch.equal(value, due[name]), name
+    if arch == "gemma3":  # sliding, full, sliding
+        assert [arguments["attention_mask"] is None for _, arguments in given] == [False, True, False]
 
 
 # --- GPTQ in the loop --------------------------------------------------------------------------------------------
