@@ -102,6 +102,7 @@ CONFIGS: dict[str, tuple[str | None, str]] = {
     "cut": ('{"model_type": "lla', r"config\.json is not valid JSON"),
     "list": ("[]", r"config\.json holds a list"),
     "empty object": ("{}", r"config\.json describes no model"),
+    "wrong field": ('{"model_type": "llama", "hidden_size": "x"}', r"describes no model.*hidden_size"),
     "unknown type": ('{"model_type": "no_such_model"}', r"config\.json describes no model.*no_such_model"),
 }
 
@@ -146,6 +147,11 @@ def test_missing_tensor(name: str, offload: str, source: Path) -> None:
 def test_tensor_of_another_shape(source: Path) -> None:
     edit(source, lambda t: t.update({WEIGHT: t[WEIGHT][:10].clone()}))
     refuse(source, RTN, CheckpointError, rf"{WEIGHT} is \[10, 64\], expected \[96, 64\]")
+
+
+def test_damaged_tokenizer(source: Path) -> None:
+    (source / "tokenizer.json").write_text("{")
+    refuse(source, RTN, CheckpointError, r"the tokenizer in .*float cannot be loaded")
 
 
 def test_pickles_are_not_read(source: Path) -> None:
@@ -252,6 +258,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "short norm": (
         lambda t: t.update({"model.norm.weight": torch.ones(3)}),
         r"model\.norm\.weight is \[3\], LlamaForCausalLM wants \[64\]",
+    ),
+    "integer norm": (
+        lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)}),
+        r"model\.norm\.weight is I64, expected one of",
     ),
     "unknown tensor": (lambda t: t.update({"extra": torch.ones(3)}), "tensor 'extra' is not in Llama"),
     "unknown layer": (

@@ -78,6 +78,8 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"dynamic": {"+:(": {}}}, "dynamic is malformed"),
     ({"dynamic": {"+:a": {"bits": "8"}}}, "dynamic is malformed.*must be integers"),
     ({"dynamic": {"+:a": None}}, "dynamic is malformed"),
+    ({"woq": "x"}, r"quantization_config\.woq is malformed"),
+    ({"woq": {"config": 3}}, r"quantization_config\.woq is malformed"),
     ({"quant_method": "woq", "checkpoint_format": "woq_inc_plain"}, "is not known"),
     ({"checkpoint_format": "woq_gptq", "woq": {"version": 1}}, r"quantization_config\.woq is malformed"),
     ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "version": 2}}, "version 2 is newer than 1"),
@@ -196,6 +198,7 @@ BAD: list[tuple[dict[str, torch.Tensor | None], str]] = [
     ({"qzeros": None}, r"\['qzeros'\] missing"),
     ({"scales": None}, r"\['scales'\] missing"),
     ({"scales": torch.zeros(2, 32, dtype=torch.int32)}, "scales are I32, expected a float"),
+    ({"scales": torch.full((2, 32), float("nan")).half()}, "scales hold NaN or infinity"),
     ({"scales": torch.zeros(3, 32).half()}, r"scales is torch\.float16 \[3, 32\]"),
 ]
 

@@ -27,7 +27,8 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT_VERSION = 1
 GPTQ_BITS = (2, 3, 4, 8)  # widths that other readers of GPTQ folders know
 
-_SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# safetensors' names of the dtypes that scales and everything unquantized may have
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 # --- metadata ----------------------------------------------------------------------------------------------------
@@ -113,6 +114,11 @@ class FolderFormat:
                 raise CheckpointError(
                     f"{where}: quantization_config.{key} is {raw.get(key)!r}, expected an {kind.__name__}"
                 )
+        own = raw.get("woq", {})
+        if not isinstance(own, Mapping) or not isinstance(own.get("config", {}), Mapping):
+            raise CheckpointError(
+                f"{where}: quantization_config.woq is malformed: no object, or its config none"
+            )
         _check_dynamic(raw, where)
         return cls(raw, layout)
 
@@ -142,7 +148,7 @@ class FolderFormat:
         missing = {"qweight", "qzeros", "scales"} - tensors.keys()
         if missing:
             raise CheckpointError(f"layer {name!r}: {sorted(missing)} missing, found {sorted(tensors)}")
-        dtype = _SAFETENSORS_FLOATS.get(tensors["scales"].dtype)
+        dtype = FLOATS.get(tensors["scales"].dtype)
         if dtype is None:
             raise CheckpointError(
                 f"layer {name!r}: scales are {tensors['scales'].dtype}, expected a float dtype"
@@ -297,4 +303,7 @@ class TensorFolder:
                     f"layer {name!r}: g_idx gives groups other sizes than {spec.group_size} features"
                 )
             spec = replace(spec, desc_act=True)
-        return PackedWeight.from_tensors(spec, tensors, name)
+        packed = PackedWeight.from_tensors(spec, tensors, name)
+        if not packed.scales.isfinite().all():
+            raise CheckpointError(f"layer {name!r}: scales hold NaN or infinity", hint="quantize it again")
+        return packed

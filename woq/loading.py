@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from woq.blocks import Linear, find_blocks, linears
-from woq.checkpoint import CONFIG, FolderFormat, TensorFolder, TensorInfo, read_json
+from woq.checkpoint import CONFIG, FLOATS, FolderFormat, TensorFolder, TensorInfo, read_json
 from woq.errors import CheckpointError
 from woq.linear import QuantLinear
 from woq.moe import is_fused_experts, unfuse_experts
@@ -55,11 +55,13 @@ def resolve_folder(path: str | Path, hub: Mapping[str, Any]) -> Path:
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
     """transformers' config of the model in `folder`. Raises CheckpointError where there is none."""
     read_json(folder / CONFIG)  # our message for a missing or malformed file
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    malformed = (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except malformed as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model transformers knows: {error}") from error
 
 
@@ -262,6 +264,8 @@ def _place_floats(model: Any, tensors: TensorFolder, used: set[str], dtype: torc
             raise CheckpointError(
                 f"{info.file}: {name} is {list(info.shape)}, {type(model).__name__} wants {list(wanted[name].shape)}"
             )
+        if wanted[name].is_floating_point() and info.dtype not in FLOATS:
+            raise CheckpointError(f"{info.file}: {name} is {info.dtype}, expected one of {sorted(FLOATS)}")
         value = tensors.read(name)
         state[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     model.load_state_dict(state, strict=False, assign=True)

@@ -250,4 +250,9 @@ def _tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: {error}", hint="mend it, or pass tokenizer=..."
+        ) from error
