@@ -18,15 +18,18 @@ from woq.weights import WeightSpec
 
 @dataclass(frozen=True)
 class Entry:
-    """A backend's name, the device types it can serve (None: all), and where its class is."""
+    """A backend's name, the device types it can serve (None: all), where its class is, and whether it must be named."""
 
     name: str
     devices: tuple[str, ...] | None
     path: str
+    by_name_only: bool = False
 
 
 BACKENDS: tuple[Entry, ...] = (
     Entry("cpu", ("cpu",), "woq.backends.cpu:CpuBackend"),
+    Entry("xpu", ("xpu",), "woq.backends.xpu:XpuBackend"),
+    Entry("ipex", ("cpu", "xpu"), "woq.backends.ipex:IpexBackend", by_name_only=True),
     Entry("reference", None, "woq.backends.reference:ReferenceBackend"),
 )
 
@@ -50,16 +53,21 @@ def why_not(name: str, spec: WeightSpec, target: Target) -> str | None:
     return load(name).why_not(spec, target)
 
 
+def _automatic() -> list[Entry]:
+    """The backends that "auto" chooses from."""
+    return [entry for entry in BACKENDS if not entry.by_name_only]
+
+
 def refusals(spec: WeightSpec, target: Target) -> dict[str, str]:
     """The backends made for this kind of device that will not run such a layer there, with their reasons."""
-    meant = [e.name for e in BACKENDS if e.devices is not None and target.device.type in e.devices]
+    meant = [e.name for e in _automatic() if e.devices is not None and target.device.type in e.devices]
     reasons = {name: why_not(name, spec, target) for name in meant}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def choose(spec: WeightSpec, target: Target, requested: str = "auto") -> Backend[Any]:
     """The first backend that can, or the one asked for. Raises BackendError with every reason where none can."""
-    names = [e.name for e in BACKENDS] if requested == "auto" else [requested]
+    names = [e.name for e in _automatic()] if requested == "auto" else [requested]
     reasons = {}
     for name in names:
         reason = why_not(name, spec, target)
