@@ -42,25 +42,30 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def dequantized(model: nn.Module) -> nn.Module:
+def dequantized(model: nn.Module, device: str = "cpu") -> nn.Module:
     """`model` with every `QuantLinear` replaced by a float linear of the same weight: the quantization alone."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.dequantize(), requires_grad=False)
+            linear = nn.Linear(
+                module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+            )
+            weight = module.packed.to(device).unpack().dequantize()
+            linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.bias = module.bias
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, linear)
     return model
 
 
-def measure(model: nn.Module, config: QuantConfig, calib: Tensor, test: Tensor, device: str) -> dict[str, Any]:
+def measure(
+    model: nn.Module, config: QuantConfig, calib: Tensor, test: Tensor, device: str
+) -> dict[str, Any]:
     """Quantize a copy of `model` and compare it with the original."""
     work = copy.deepcopy(model)
     started = time.perf_counter()
     quantize(work, config, calib, device=device)
     seconds = time.perf_counter() - started
-    result = compare(dequantized(work).to(device), model, test, batch_size=16)
+    result = compare(dequantized(work, device), model, test, batch_size=16)
     return {
         "perplexity": round(result.perplexity.value, 4),
         "kl": round(result.kl, 5),
@@ -69,8 +74,21 @@ def measure(model: nn.Module, config: QuantConfig, calib: Tensor, test: Tensor, 
     }
 
 
+def current_commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and quality/")
     parser.add_argument("--model", choices=GROUP, required=True)
     parser.add_argument("--folder", type=Path, help="the float checkpoint; default: DATA/models/MODEL")
@@ -78,7 +96,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, help="test windows to use; default: all, as the protocol says")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="CSV to write; default: benchmarks/results/quality-MODEL.csv")
+    parser.add_argument("--commit", help="what to write in the CSV where there is no git checkout")
+    parser.add_argument(
+        "--out", type=Path, help="CSV to write; default: benchmarks/results/quality-MODEL.csv"
+    )
     options = parser.parse_args()
 
     tokens = load_file(options.data / "quality" / f"{options.model}.safetensors")
@@ -86,11 +107,10 @@ def main() -> None:
     folder = options.folder or options.data / "models" / options.model
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.eval().requires_grad_(False).to(options.device)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     same = {
-        "commit": commit.stdout.strip(),
+        "commit": options.commit or current_commit(),
         "date": date.today().isoformat(),
-        "machine": f"{options.device}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(options.device),
         "torch": torch.__version__,
         "model": options.model,
         "windows": len(test),
@@ -110,7 +130,10 @@ def main() -> None:
                 row = measure(model, config_from_dict(settings), calib, test, options.device)
                 rows.append({**same, "method": method, "sym": sym, "bits": bits, **row})
                 told = "sym " if sym else "asym"
-                print(f"{method:12s} {told} W{bits} ppl {row['perplexity']:.4f} KL {row['kl']:.5f} {row['seconds']} s", flush=True)
+                print(
+                    f"{method:12s} {told} W{bits} ppl {row['perplexity']:.4f} KL {row['kl']:.5f} {row['seconds']} s",
+                    flush=True,
+                )
     out = options.out or Path(__file__).parent / "results" / f"quality-{options.model}.csv"
     with out.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, COLUMNS)

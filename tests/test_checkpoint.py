@@ -48,7 +48,7 @@ def test_rules_for_layers_that_differ() -> None:
         "a.v": spec(bits=8, layout=GPTQ_V1),
         "a.o": spec(group_size=64, layout=GPTQ_V1),
     }
-    made = quantization_dict(config, specs, {"a.skipped": "why"}, untied_head=False)
+    made = quantization_dict(config, specs, {"a.skipped": "why"}, untied_head=False, own_names=False)
     assert made["dynamic"] == {
         r"+:^a\.v$": {"bits": 8, "group_size": 32, "sym": True},
         r"+:^a\.o$": {"bits": 4, "group_size": -1, "sym": True},
@@ -64,7 +64,7 @@ def test_own_layouts_come_back() -> None:
     for packing, word, dim in (("inc_plain", "int8", 0), ("inc_plain", "int64", 1)):
         layout = Layout(packing, 0, getattr(torch, word), dim)  # type: ignore[arg-type]
         config = RtnConfig(compression_dtype=word, compression_dim=dim, packing=packing)  # type: ignore[arg-type]
-        made = quantization_dict(config, {"a": spec(layout=layout)}, {}, untied_head=False)
+        made = quantization_dict(config, {"a": spec(layout=layout)}, {}, untied_head=False, own_names=False)
         assert made["quant_method"] == "woq"
         assert FolderFormat.parse(made, WHERE).layout == layout
 

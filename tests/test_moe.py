@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tests.tiny_models import VOCABULARY
 from woq.blocks import find_blocks, linears
 from woq.calibration import Batch
+from woq.capture import capture
 from woq.moe import UnfusedExperts, expert_linears, is_fused_experts, unfuse_experts
-from woq.replay import BlockInputs, capture, observe
+from woq.replay import BlockInputs, observe
 
 TinyModel = Callable[[str], nn.Module]
 ARCHITECTURES = ("mixtral", "qwen3_moe")

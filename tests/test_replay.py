@@ -13,22 +13,12 @@ from torch import Tensor, nn
 from tests.tiny_models import TINY_ARCHITECTURES, VOCABULARY
 from woq.blocks import find_blocks, linears
 from woq.calibration import Batch
+from woq.capture import Capture, capture, head_inputs, verify_replay
 from woq.configs import GPTQConfig
 from woq.errors import CalibrationError, QuantizationError
 from woq.moe import unfuse_experts
 from woq.quantization import quantize
-from woq.replay import (
-    BlockCall,
-    BlockInputs,
-    Capture,
-    advance,
-    capture,
-    head_inputs,
-    input_groups,
-    observe,
-    run_batch,
-    verify_replay,
-)
+from woq.replay import BlockCall, BlockInputs, advance, input_groups, observe, run_batch
 
 TinyModel = Callable[[str], nn.Module]
 CPU = torch.device("cpu")

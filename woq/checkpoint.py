@@ -35,17 +35,23 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def quantization_dict(
-    config: QuantConfig, specs: Mapping[str, WeightSpec], skipped: Mapping[str, str], untied_head: bool
+    config: QuantConfig,
+    specs: Mapping[str, WeightSpec],
+    skipped: Mapping[str, str],
+    untied_head: bool,
+    own_names: bool,
 ) -> dict[str, Any]:
     """The `quantization_config` of a folder.
 
-    Where the layout is GPTQ's and all widths are common ones, it is a standard GPTQ config that other libraries read
+    own_names: tensors have names that only this library knows (experts taken apart).
+    Where the layout is GPTQ's, all widths are common ones and all names the model's, it is a standard GPTQ config that other libraries read
     (they ignore the key "woq"); else `quant_method` is "woq" and nobody else will mistake it.
     Layers that differ from the folder's bits, group_size or sym stand in `dynamic` by exact name; so do linears
     left in float, as GPTQModel and vLLM expect.
     """
     layout = next(iter(specs.values())).layout
-    standard = layout.packing == "gptq" and all(s.bits in GPTQ_BITS for s in specs.values())
+    common = all(s.bits in GPTQ_BITS for s in specs.values())
+    standard = layout.packing == "gptq" and common and not own_names
     form = ("gptq" if layout.zero_offset else "gptq_v2") if standard else f"woq_{layout.packing}"
     settings = config.to_dict()
     return {

@@ -39,11 +39,13 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def storable_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Round `scale` (float32) to what `scale_dtype` can hold, away from zero and inside its finite range.
 
-    A scale that underflows would make the group zero or infinite: it becomes the smallest normal number instead.
+    A scale that underflows would make the group zero or infinite. float16 goes down to 2^-20, a subnormal with four
+    bits left: small 8-bit scales need it, and codes are computed for the scale as stored.
     """
     limits = torch.finfo(scale_dtype)
+    smallest = 2.0**-20 if scale_dtype == torch.float16 else limits.tiny
     sign = torch.where(scale < 0, -1.0, 1.0)
-    magnitude = scale.abs().clamp_(limits.tiny, limits.max)
+    magnitude = scale.abs().clamp_(smallest, limits.max)
     return (magnitude * sign).to(scale_dtype).float()
 
 

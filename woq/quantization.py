@@ -19,6 +19,7 @@ from woq.algorithms import build
 from woq.algorithms.base import Algorithm, LayerResult
 from woq.blocks import find_blocks, linears, materialize, release, write_back
 from woq.calibration import Batch, calibration_batches, describe, fingerprint
+from woq.capture import Capture, capture, head_inputs, verify_replay
 from woq.configs import CalibratedConfig, QuantConfig
 from woq.device import quantization_device
 from woq.errors import CalibrationError, QuantizationError
@@ -27,7 +28,7 @@ from woq.linear import QuantLinear
 from woq.moe import unfuse_experts
 from woq.plan import make_plan
 from woq.progress import Progress
-from woq.replay import BlockInputs, Capture, advance, capture, head_inputs, verify_replay
+from woq.replay import BlockInputs, advance
 from woq.report import LayerReport, Report
 from woq.saving import describe as describe_model
 from woq.saving import dtype_of
@@ -80,13 +81,8 @@ class _Run:
         progress: Progress,
         writer: FolderWriter | None,
     ) -> None:
-        self.model, self.config, self.device, self.progress, self.writer = (
-            model,
-            config,
-            device,
-            progress,
-            writer,
-        )
+        self.model, self.config, self.device = model, config, device
+        self.progress, self.writer = progress, writer
         self.algorithm: Algorithm[Any] = build(config)
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
@@ -112,7 +108,8 @@ class _Run:
             self._capture()
         if self.writer is not None:
             data = fingerprint(self.batches) if self.batches else "none"
-            self.writer.begin({"config": self.config.to_dict(), "data": data, "model": _identity(self.model)})
+            made = {"config": self.config.to_dict(), "data": data, "model": _identity(self.model)}
+            self.writer.begin({**made, "device": self.device.type})
         self.report.seconds += time.perf_counter() - started
 
     def _calibration(self, config: CalibratedConfig, source: Any, tokenizer: Any) -> Sequence[Batch]:
@@ -168,7 +165,8 @@ class _Run:
             self.progress.step(name)
         if self.head is not None:
             name, head = self.head
-            if untie(self.model, head):
+            self.report.untied_head = untie(self.model, head)
+            if self.report.untied_head:
                 self.progress.say(f"{name} shared its weight with the embeddings: it is now its own")
             if self.inputs is not None and self.captured is not None:
                 self.inputs = head_inputs(

@@ -35,6 +35,7 @@ class Report:
     calibration: str = "none"
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
+    untied_head: bool = False  # the output head shared the embeddings' weight and was given its own
 
     @property
     def notes(self) -> list[str]:

@@ -17,6 +17,7 @@ from woq.configs import QuantConfig
 from woq.errors import CheckpointError
 from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
+from woq.moe import UnfusedExperts
 from woq.report import Report
 from woq.writer import FolderWriter, explaining, write_json
 
@@ -82,8 +83,8 @@ def describe(model: Any, config: QuantConfig, report: Report) -> dict[str, Any]:
     """The `quantization_config` of what `report` tells of."""
     linears = {name for name in report.plan.skipped if not name.endswith("weight")}
     skipped = {name: reason for name, reason in report.plan.skipped.items() if name in linears}
-    untied = config.quant_lm_head and not model.config.tie_word_embeddings
-    return quantization_dict(config, report.plan.specs, skipped, untied)
+    unfused = any(isinstance(m, UnfusedExperts) for m in model.modules())
+    return quantization_dict(config, report.plan.specs, skipped, report.untied_head, own_names=unfused)
 
 
 def model_dict(model: Any) -> dict[str, Any]:

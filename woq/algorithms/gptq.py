@@ -9,8 +9,10 @@ Differences from the paper's code, each for a reason:
   (factor, invert, factor again) rounds three times.
 - The loop looks left: feature i gathers the corrections of its block when its turn comes, one matrix-vector product
   instead of a rank-one update of everything to its right.
-- Features that no token ever excites keep their own weight; the paper's code zeroes them, which is wrong
-  for every input the calibration data did not contain.
+- Features that no token ever excites are rounded by themselves (damping alone stands on their diagonal); the paper's
+  code zeroes them, which is wrong for every input the calibration data did not contain.
+- A group's grid is searched for the least error weighted by 1 / U[i,i]^2, what an error in feature i costs once
+  the features after it have absorbed what they can; the paper takes the range of the weights.
 - Damping climbs a ladder, each step in float32 and then float64; a group that still cannot be factored is rounded to
   nearest and says so.
 
@@ -38,6 +40,10 @@ from woq.quant import Search
 from woq.replay import BlockInputs, input_groups, observe
 from woq.weights import QuantizedWeight, WeightSpec
 
+_MOMENT_BYTES = (
+    4 << 30
+)  # of float32 second moments held at a time; more of them cost another run of the block
+
 
 class Gptq(Algorithm[GPTQConfig]):
     """See the module's head."""
@@ -52,12 +58,24 @@ class Gptq(Algorithm[GPTQConfig]):
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
     ) -> dict[str, LayerResult]:
         assert inputs is not None  # the quantize loop gives data to whoever needs it
-        groups = input_groups(block, list(specs), inputs)
-        passes = [[group] for group in groups] if self.config.true_sequential else [groups]
+        modules = linears(block)
         results: dict[str, LayerResult] = {}
-        for groups_now in passes:  # true_sequential: later linears see what earlier ones were rounded to
-            results.update(self._one_pass(block, groups_now, specs, inputs))
+        for stage in self._stages(input_groups(block, list(specs), inputs)):
+            fresh: dict[str, LayerResult] = {}
+            for groups in _within_budget(stage, specs):
+                fresh.update(self._one_pass(block, groups, specs, inputs))
+            for name, result in fresh.items():  # later stages see what earlier ones were rounded to
+                write_back(modules[name], result.weight.dequantize())
+            results.update(fresh)
         return {name: results[name] for name in specs}
+
+    def _stages(self, groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+        """Which groups of linears are calibrated together: all, or one after the other, or as the config lists."""
+        listed = self.config.modules_in_block_to_quantize
+        if listed is not None:
+            kept = [[tuple(n for n in group if n in names) for group in groups] for names in listed]
+            return [[group for group in stage if group] for stage in kept]
+        return [[group] for group in groups] if self.config.true_sequential else [groups]
 
     def _one_pass(
         self,
@@ -75,8 +93,6 @@ class Gptq(Algorithm[GPTQConfig]):
             for names in _alike(group, specs):
                 weights = [float_weight(name, weight_of(modules[name])) for name in names]
                 results.update(self._quantize_alike(names, weights, specs, moment))
-            for name in group:
-                write_back(modules[name], results[name].weight.dequantize())
         return results
 
     def _quantize_alike(
@@ -88,8 +104,6 @@ class Gptq(Algorithm[GPTQConfig]):
     ) -> dict[str, LayerResult]:
         """Linears of one input and one spec, rounded as one tall matrix."""
         hessian = moment.normalized()
-        unexcited = hessian.diagonal() == 0
-        hessian.diagonal()[unexcited] = 1.0  # decoupled from the rest: such a feature is rounded by itself
         tall, damping, note = torch.cat(list(weights)), None, ""
         spec = replace(specs[names[0]], out_features=len(tall))
         rounded = self._round(tall, spec, hessian) if moment.tokens else None
@@ -122,7 +136,11 @@ class Gptq(Algorithm[GPTQConfig]):
             return None
         factor, damping = factored
         # What an error in feature i costs once later features have absorbed what they can: 1 / U[i,i]^2.
-        importance = factor.diagonal().square().reciprocal() if config.search == "activation" else None
+        importance = None
+        if config.search == "activation":
+            importance = factor.diagonal().square().reciprocal()
+            # Calibration says nothing of a feature it never excites: it gets an average say in its group's grid.
+            importance[hessian.diagonal()[order] == 0] = importance.mean()
         back = torch.argsort(order)
         if config.desc_act and config.static_groups:
             nearest = round_to_nearest(
@@ -160,6 +178,22 @@ class Gptq(Algorithm[GPTQConfig]):
         by_group = torch.argsort(means, descending=True, stable=True).tolist()
         inside = [torch.argsort(group, descending=True, stable=True) for group in groups]
         return torch.cat([inside[g] + g * group_size for g in by_group])
+
+
+def _within_budget(
+    groups: Sequence[tuple[str, ...]], specs: Mapping[str, WeightSpec]
+) -> list[list[tuple[str, ...]]]:
+    """Runs of groups whose second moments fit `_MOMENT_BYTES` together: a block of many experts has too many for one."""
+    runs: list[list[tuple[str, ...]]] = [[]]
+    size = 0
+    for group in groups:
+        needed = 4 * specs[group[0]].in_features ** 2
+        if runs[-1] and size + needed > _MOMENT_BYTES:
+            runs.append([])
+            size = 0
+        runs[-1].append(group)
+        size += needed
+    return runs
 
 
 def _alike(group: Sequence[str], specs: Mapping[str, WeightSpec]) -> list[list[str]]:
