@@ -18,7 +18,15 @@ from typer.core import TyperGroup
 
 from woq.configs import PRESETS, ConfigWarning, QuantConfig, config_from_dict, preset
 from woq.configs.base import json_object
-from woq.console import print_diagnosis, print_error, print_facts, print_folder, print_note, print_report
+from woq.console import (
+    print_diagnosis,
+    print_error,
+    print_facts,
+    print_folder,
+    print_note,
+    print_report,
+    print_selftest,
+)
 from woq.errors import ConfigError, WoqError
 
 
@@ -216,17 +224,37 @@ def evaluate(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Which devices and backends work here, and why the others do not."""
+def doctor(
+    selftest: Annotated[bool, typer.Option("--selftest", help="Run every kernel and check it; a report to post.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Which devices and backends work here, and why the others do not. --selftest: exit code 1 if one is wrong."""
     from dataclasses import asdict
 
     from woq.doctor import diagnose
 
+    if selftest:
+        _selftest(as_json)
+        return
     found = diagnose()
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
     else:
         print_diagnosis(found)
+
+
+def _selftest(as_json: bool) -> None:
+    """Run it, print it, and end with exit code 1 where a kernel is wrong."""
+    from woq.selftest import report, run_selftest, summarize
+
+    rows = run_selftest()
+    found = report(rows)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_selftest(summarize(rows), [row for row in rows if not row.passed])
+    if not found["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from woq.doctor import Diagnosis
     from woq.inspection import Facts
     from woq.report import Report
+    from woq.selftest import Row, Summary
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
@@ -156,3 +157,21 @@ def print_diagnosis(found: Diagnosis) -> None:
         rows = [(layer, *(backends[layer, dtype] for dtype in dtypes)) for layer in layers]
         print_table(f"backends on {device}, by dtype of the activations", ("layer", *dtypes), rows)
         print_reasons((f"{choice.layer} ({choice.dtype})", choice.refused) for choice in here)
+
+
+def print_selftest(lines: Sequence[Summary], failures: Sequence[Row]) -> None:
+    """What ran and how far it was off; the first failures in full."""
+    columns = ("backend", "device", "dtype", "bits", "wrong", "error (allowed)", "ms")
+    rows = [
+        (
+            line.backend, line.device, line.dtype, str(line.bits), f"{line.failed} of {line.cases}",
+            f"{line.worst_error:.1e} ({line.tolerance:.0e})", f"{line.milliseconds:.2f}",
+        )
+        for line in lines
+    ]  # fmt: skip
+    print_table("every kernel against float64", columns, rows)
+    for row in failures[:10]:
+        print_note("wrong", str(row))
+    verdict = f"{len(failures)} products are wrong" if failures else "every product is right"
+    note = f"{verdict}; to post: the output of `woq doctor --selftest --json`"
+    Console(soft_wrap=True).print(note, highlight=False)

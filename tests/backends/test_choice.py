@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from woq.backends import BACKENDS, choose, load, refusals, why_not
+from woq.backends import BACKENDS, Entry, choose, load, refusals, why_not
 from woq.backends.base import Backend, Target
 from woq.errors import BackendError
 from woq.weights import WeightSpec
@@ -39,6 +39,14 @@ def test_the_best_that_can() -> None:
     assert choose(SPEC, BF16, "reference").name == "reference"
 
 
+def test_some_are_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Entry("first", ("cpu",), "woq.backends.reference:ReferenceBackend", by_name_only=True)
+    monkeypatch.setattr("woq.backends.BACKENDS", (first, *BACKENDS))
+    assert choose(SPEC, BF16) is load("cpu")
+    assert choose(SPEC, BF16, "first") is load("first")
+    load.cache_clear()
+
+
 def test_a_backend_that_cannot_is_refused_with_its_reason() -> None:
     with pytest.raises(
         BackendError, match=r"16x64, 4 bits, group 32, torch\.float32 on cpu: cpu: .*bfloat16 only"
@@ -52,8 +60,8 @@ def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("woq.backends.BACKENDS", tuple(e for e in BACKENDS if e.name != "reference"))
     with pytest.raises(BackendError) as error:
         choose(WeightSpec(64, 16, 5, 32, True), FP32)
-    for name in NAMES[:-1]:
-        assert f"{name}: " in error.value.message
+    for entry in BACKENDS[:-1]:
+        assert (f"{entry.name}: " in error.value.message) == (not entry.by_name_only)
 
 
 @pytest.mark.parametrize("name", ["marlin", "", "CPU"])

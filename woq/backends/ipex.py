@@ -20,6 +20,7 @@ from torch import Tensor
 
 from woq import packing
 from woq.backends.base import Backend, Target
+from woq.backends.xpu import row_major
 from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
 
 _PACKAGE = "intel-extension-for-pytorch"
@@ -74,7 +75,7 @@ class IpexBackend(Backend[CpuState | XpuState]):
 
     def apply(self, x: Tensor, state: CpuState | XpuState) -> Tensor:
         if isinstance(state, CpuState):
-            y: Tensor = torch.ops.torch_ipex.ipex_woq_linear(x, state.handle)
+            y: Tensor = torch.ops.torch_ipex.ipex_woq_linear(x.contiguous(), state.handle)
             return y
         flat = x.reshape(-1, x.shape[-1])
         flat = flat.contiguous() if state.columns is None else flat[:, state.columns]
@@ -144,8 +145,8 @@ def arrange_xpu(weight: QuantizedWeight) -> XpuState:
     words = packing.pack_dense(codes.t(), 4)  # [K/8, N]
     return XpuState(
         group_size=weight.spec.group_size,
-        weight=words.t().contiguous().t(),
-        scales=weight.scales.t().to(torch.float16).contiguous(),
+        weight=row_major(words.t()).t(),
+        scales=row_major(weight.scales.to(torch.float16).t()),
         zeros=torch.tensor([8], dtype=torch.int8, device=codes.device),
         columns=columns,
     )

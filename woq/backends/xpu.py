@@ -102,13 +102,16 @@ def arrange(weight: QuantizedWeight, dtype: torch.dtype) -> XpuState:
         codes = codes[:, columns]
     if spec.bits == 8:
         signed = (codes.to(torch.int16) - 128).to(torch.int8)
-        return XpuState(spec.in_features, signed.contiguous(), weight.scales.float().flatten(), None, columns)
+        scales = weight.scales.float().flatten()
+        return XpuState(spec.in_features, row_major(signed), scales, None, columns)
     group = kernel_group(spec.group_size)
     scales, zeros = (
-        table.repeat_interleave(spec.group_size // group, dim=1).t()
-        for table in (weight.scales, weight.zeros)
+        row_major(table.repeat_interleave(spec.group_size // group, dim=1).t())
+        for table in (weight.scales.to(dtype), weight.zeros.to(torch.int8))
     )
-    words = packing.pack_dense(codes.t(), 4).t()
-    return XpuState(
-        group, words.contiguous(), scales.to(dtype).contiguous(), zeros.to(torch.int8).contiguous(), columns
-    )
+    return XpuState(group, row_major(packing.pack_dense(codes.t(), 4).t()), scales, zeros, columns)
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """A copy with strides (columns, 1), also where one row or one column lets `contiguous` keep others."""
+    return matrix.clone(memory_format=torch.contiguous_format)

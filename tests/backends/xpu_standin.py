@@ -1,0 +1,106 @@
+"""An XPU for a machine without one: what torch's kernels accept and compute there, and a device that is the CPU's.
+
+`XpuKernels` takes the place of the two operators. It checks every tensor as the kernels do (aten/native/mkldnn/xpu in
+PyTorch) and as their memory descriptors assume, then decodes the weight element by element, in numpy, by the layout's
+definition. `XpuOnCpu` lets tensors be put on "xpu": they stay on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from woq.backends import BACKENDS
+
+aten = torch.ops.aten
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def decode_int4(weight: Tensor, group_size: int, scales: Tensor, zeros: Tensor) -> Tensor:
+    """float64 [N, K]: nibble i of a word is input 8 * word + i; scales and zeros [K / group_size, N]."""
+    words = weight.numpy().view(np.uint32)
+    n, k = words.shape[0], words.shape[1] * 8
+    result = np.empty((n, k))
+    scale, zero = scales.double().numpy(), zeros.numpy().astype(np.int64)
+    for column in range(k):
+        nibble = (words[:, column // 8] >> np.uint32(4 * (column % 8))) & np.uint32(15)
+        g = column // group_size
+        result[:, column] = (nibble.astype(np.int64) - zero[g]) * scale[g]
+    return torch.from_numpy(result)
+
+
+def int4(x: Tensor, weight: Tensor, group_size: int, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`_weight_int4pack_mm_with_scales_and_zeros`."""
+    n, k = weight.shape[0], x.shape[1]
+    assert x.dim() == 2 and x.is_contiguous() and x.dtype in HALVES and len(x)
+    assert weight.dtype == torch.int32 and weight.shape == (n, k // 8) and weight.stride() == (k // 8, 1)
+    assert group_size in (32, 64, 128, 256) and k % group_size == 0
+    assert scales.dtype == x.dtype and scales.shape == (k // group_size, n) and scales.stride() == (n, 1)
+    assert zeros.dtype == torch.int8 and zeros.shape == scales.shape and zeros.stride() == (n, 1)
+    return (x.double() @ decode_int4(weight, group_size, scales, zeros).t()).to(x.dtype)
+
+
+def int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """`_weight_int8pack_mm`."""
+    assert x.dim() == 2 and x.is_contiguous() and x.dtype in HALVES and len(x)
+    assert weight.dtype == torch.int8 and weight.is_contiguous() and weight.shape[1] == x.shape[1]
+    assert scales.dtype == torch.float32 and scales.shape == (len(weight),) and scales.is_contiguous()
+    return (x.double() @ (weight.double() * scales.double()[:, None]).t()).to(x.dtype)
+
+
+class XpuKernels(TorchDispatchMode):
+    """The stand-ins in place of the operators, whatever the device; `calls` holds the arguments they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernels = {
+            aten._weight_int4pack_mm_with_scales_and_zeros.default: int4,
+            aten._weight_int8pack_mm.default: int8,
+        }
+        if func not in kernels:
+            return func(*args, **(kwargs or {}))
+        self.calls.append(args)
+        return kernels[func](*args)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.device | str) and str(value).partition(":")[0] == "xpu":
+        return torch.device("cpu")
+    return value
+
+
+class XpuOnCpu(TorchFunctionMode):
+    """Whoever asks torch for a tensor on "xpu" gets it on the CPU. `asked` counts how often that was."""
+
+    asked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        moved = tuple(map(_on_cpu, args)), {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        self.asked += sum(a is not b for a, b in zip(args, moved[0], strict=True))
+        self.asked += sum(moved[1][name] is not value for name, value in (kwargs or {}).items())
+        return func(*moved[0], **moved[1])
+
+
+@contextmanager
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[XpuKernels]:
+    """An XPU that is there: available, with its kernels, serving tensors that in truth are the CPU's."""
+    table = tuple(replace(e, devices=("cpu", "xpu")) if e.name == "xpu" else e for e in BACKENDS)
+    with ExitStack() as stack:
+        patch = stack.enter_context(monkeypatch.context())
+        patch.setattr("woq.backends.BACKENDS", table)
+        patch.setattr("woq.backends.xpu.has_kernel", lambda operator: True)
+        patch.setattr(torch.xpu, "is_available", lambda: True)
+        stack.enter_context(XpuOnCpu())
+        yield stack.enter_context(XpuKernels())
