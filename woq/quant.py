@@ -13,7 +13,6 @@ clips their largest weight at 7/15 (formats.md section 1.5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,9 +20,16 @@ from torch import Tensor
 
 Search = Literal["minmax", "mse"]
 
-# Elements a search handles at once: a slice and its temporaries stay in a core's cache (CPU), or fill a GPU.
-_CHUNK = {"cpu": 1 << 17}
-_CHUNK_ACCELERATOR = 1 << 25
+# Elements a search works on at once, candidates included: they and their temporaries stay in a core's cache (CPU), or
+# fill a GPU.
+_CHUNK = {"cpu": 1 << 18}
+_CHUNK_ACCELERATOR = 1 << 26
+_STEPS = 24  # ranges tried from the full one down to the deepest cut
+_DEEPEST = {
+    2: 0.3,
+    3: 0.45,
+    4: 0.6,
+}  # share of the full range; more bits gain nothing from cutting deeper than 0.75
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -71,71 +77,64 @@ def group_params(
     Returns:
         float32 scale and zero, both [...]: the scale exactly representable in `scale_dtype`, the zero an integer.
     """
+    choose = _symmetric if sym else _asymmetric
     flat = w.reshape(-1, w.shape[-1])
-    weights = None if importance is None else importance.expand_as(w).reshape(-1, w.shape[-1])
-    rows = max(1, _CHUNK.get(w.device.type, _CHUNK_ACCELERATOR) // w.shape[-1])
-    parts = [
-        _best_params(
-            chunk, bits, sym, scale_dtype, search, None if weights is None else weights[i * rows :][:rows]
-        )
-        for i, chunk in enumerate(flat.split(rows))
-    ]
-    shape = w.shape[:-1]
-    return torch.cat([p[0] for p in parts]).view(shape), torch.cat([p[1] for p in parts]).view(shape)
+    costs = None if importance is None else importance.expand_as(w).reshape(flat.shape)
+    candidates = len(_factors(bits, sym, search))
+    rows = max(1, _CHUNK.get(w.device.type, _CHUNK_ACCELERATOR) // (w.shape[-1] * candidates))
+    scales, zeros = [], []
+    for start in range(0, len(flat), rows):
+        chunk = flat[start : start + rows]
+        scale, zero = choose(chunk, bits, scale_dtype, w.new_tensor(_factors(bits, sym, search)))
+        if candidates > 1:
+            best = _least_error(
+                chunk, scale, zero, bits, None if costs is None else costs[start : start + rows]
+            )
+            scale, zero = scale.gather(0, best), zero.gather(0, best)
+        scales.append(scale[0, :, 0])
+        zeros.append(zero[0, :, 0])
+    return torch.cat(scales).view(w.shape[:-1]), torch.cat(zeros).view(w.shape[:-1])
 
 
-def _best_params(
-    w: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype, search: Search, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    candidates = _symmetric(w, bits, search) if sym else _asymmetric(w, bits, search)
-    best_error = best_scale = best_zero = None
-    for scale, zero in candidates:
-        scale = storable_scale(scale, scale_dtype)
-        if not sym:  # the zero point belongs to the scale that is stored, not to the ideal one
-            zero = torch.div(zero, scale).neg_().round_().clamp_(0, (1 << bits) - 1)
-        if search == "minmax":
-            return scale.squeeze(-1), zero.squeeze(-1)
-        error = dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).square_()
-        error = (error if weights is None else error.mul_(weights)).sum(-1, keepdim=True)
-        if best_error is None or best_scale is None or best_zero is None:
-            best_error, best_scale, best_zero = error, scale, zero
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    assert best_scale is not None and best_zero is not None  # every generator yields at least once
-    return best_scale.squeeze(-1), best_zero.squeeze(-1)
+def _factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
+    """The ranges to try, as shares of a group's own (low, high) end; the full range first.
+
+    Symmetric grids use one share for both ends, and its sign for the scale's.
+    """
+    if search == "minmax":
+        return [(1.0, 1.0)]
+    deepest = _DEEPEST.get(bits, 0.75)
+    shares = [1.0 - (1.0 - deepest) * i / (_STEPS - 1) for i in range(_STEPS)]
+    both = [(share, share) for share in shares]
+    if sym:
+        return both + [(-share, -share) for share in shares]
+    one_sided = [pair for share in shares[1::2] for pair in ((1.0, share), (share, 1.0))]  # a lone outlier
+    return both + one_sided
 
 
-def _shrink_factors(bits: int) -> list[float]:
-    """Shares of the full range to try, the full range first. Fewer bits gain from cutting deeper."""
-    deepest = {2: 0.3, 3: 0.45, 4: 0.6}.get(bits, 0.75)
-    steps = 24
-    return [1.0 - (1.0 - deepest) * i / (steps - 1) for i in range(steps)]
-
-
-def _symmetric(w: Tensor, bits: int, search: Search) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales with the fixed middle zero point; an all-zero group gets scale 1."""
+def _symmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero [C, R, 1] of every candidate for w [R, gs]; an all-zero group gets scales as if its range were 1."""
     absmax = w.abs().amax(-1, keepdim=True)
     absmax = torch.where(absmax == 0, torch.ones_like(absmax), absmax)
-    zero = torch.full_like(absmax, 1 << (bits - 1))
-    widest = absmax * (2 / ((1 << bits) - 1))
-    for factor in _shrink_factors(bits):
-        yield widest * factor, zero
-        if search == "mse":
-            yield widest * -factor, zero
+    scale = storable_scale(absmax * (factors[:, :1, None] * (2 / ((1 << bits) - 1))), scale_dtype)
+    return scale, torch.full_like(scale, 1 << (bits - 1))
 
 
-def _asymmetric(w: Tensor, bits: int, search: Search) -> Iterator[tuple[Tensor, Tensor]]:
-    """(scale, lower end) of ranges that always contain zero, so that zero stays exactly representable."""
+def _asymmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_symmetric`. Ranges always contain zero, so that zero stays exactly representable."""
     low = w.amin(-1, keepdim=True).clamp_(max=0)
     high = w.amax(-1, keepdim=True).clamp_(min=0)
-    span = high - low
-    high = torch.where(span == 0, torch.ones_like(high), high)
-    for factor in _shrink_factors(bits):
-        yield (high - low) * (factor / ((1 << bits) - 1)), low * factor
-    if search == "mse":  # a lone outlier on one side: cut that side only
-        for factor in _shrink_factors(bits)[1::2]:
-            yield (high * factor - low) / ((1 << bits) - 1), low
-            yield (high - low * factor) / ((1 << bits) - 1), low * factor
+    high = torch.where(high == low, torch.ones_like(high), high)
+    low = low * factors[:, :1, None]
+    high = high * factors[:, 1:, None]
+    scale = storable_scale((high - low) / ((1 << bits) - 1), scale_dtype)
+    # The zero point belongs to the scale that is stored, not to the ideal one.
+    return scale, torch.div(low, scale).neg_().round_().clamp_(0, (1 << bits) - 1)
+
+
+def _least_error(w: Tensor, scale: Tensor, zero: Tensor, bits: int, costs: Tensor | None) -> Tensor:
+    """int64 [1, R, 1]: for each row of w the candidate with the smallest squared error, the first of equals."""
+    error = dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).square_()
+    if costs is not None:
+        error.mul_(costs)
+    return error.sum(-1, keepdim=True).argmin(0, keepdim=True)
