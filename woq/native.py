@@ -103,7 +103,9 @@ def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | No
     library = LIBRARIES[name]
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < STABLE_ABI:
-        raise BuildError(f"the {name} kernels need torch {STABLE_ABI[0]}.{STABLE_ABI[1]} or later, this is {torch.__version__}")
+        raise BuildError(
+            f"the {name} kernels need torch {STABLE_ABI[0]}.{STABLE_ABI[1]} or later, this is {torch.__version__}"
+        )
     sources = sorted(p for p in (SOURCES / library.folder).glob("*") if p.suffix in library.suffixes)
     if not sources:
         raise BuildError(f"no compiled {name} kernels in the package, and no sources to build them from")
@@ -148,7 +150,13 @@ def _key(library: Library, command: list[str]) -> str:
 def _build(command: list[str], link: list[str], sources: list[Path], target: Path, deadline: float) -> None:
     """Compile every source by itself, side by side, and link."""
     jobs = min(len(sources), os.cpu_count() or 1)
-    logger.warning("building %s with %s, %d files, %d at a time; this happens once", target.name, command[0], len(sources), jobs)
+    logger.warning(
+        "building %s with %s, %d files, %d at a time; this happens once",
+        target.name,
+        command[0],
+        len(sources),
+        jobs,
+    )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}{source.suffix}.o" for source in sources]
@@ -161,7 +169,17 @@ def _build(command: list[str], link: list[str], sources: list[Path], target: Pat
         finished = Path(scratch) / target.name
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         _run(
-            [command[0], "-shared", *map(str, objects), "-o", str(finished), libraries, "-ltorch_cpu", "-lc10", *link],
+            [
+                command[0],
+                "-shared",
+                *map(str, objects),
+                "-o",
+                str(finished),
+                libraries,
+                "-ltorch_cpu",
+                "-lc10",
+                *link,
+            ],
             deadline,
         )
         finished.replace(target)
@@ -171,7 +189,11 @@ def _build(command: list[str], link: list[str], sources: list[Path], target: Pat
 def _run(command: list[str], deadline: float) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=max(1.0, deadline - time.monotonic())
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(1.0, deadline - time.monotonic()),
         )
     except subprocess.TimeoutExpired:
         raise BuildError(f"compiling the kernels took longer than {TIME_LIMIT:.0f} s") from None

@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, TOKEN_TILES <= 2 ? 2 : 1) deco
           if (token < a.m) partial[token * layout.partial_stride + row] = turn.total[t][c][e];
         }
     __syncthreads();
-    reduce<T>(a, layout.partial, layout.partial_stride, layout.gather, blockDim.x, shared, item, round, rounds);
+    reduce<T>(a, layout.partial, layout.partial_stride, layout.gather, 256 * a.m * a.row_warps, blockDim.x, shared, item, round, rounds);
     ++round;
   }
 }

@@ -22,6 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // it would come up again at the next launch
   STD_TORCH_CHECK(error == cudaSuccess, "woq: ", what, ": ", cudaGetErrorString(error));
 }
 
@@ -169,7 +170,8 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   Tensor x = given_x;
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   woq::DecodeArgs a = describe(w, n, k, bits, group_size, scale_is_bf16);
-  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 3 ? woq::Path::prefill : woq::choose_path(a, m, device);
+  a.m = static_cast<int>(m);
+  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 3 ? woq::Path::prefill : woq::choose_path(a, device);
   if (order && path == woq::Path::decode) {
     a.order = static_cast<const int*>(order->data_ptr());
   } else if (order) {
@@ -183,8 +185,7 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   if (path == woq::Path::decode) {
     run_decode(a, x, y, bits, early_start, plan, device, stream);
   } else {
-    a.m = static_cast<int>(m);
-    const woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, device) : woq::PrefillPlan{int(plan[0]), int(plan[1]), int(plan[2])};
+    const woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, device) : woq::PrefillPlan{int(plan[0]), int(plan[1]), int(plan[2]), 0};
     run_prefill(a, x, y, bits, early_start, p, stream);
   }
   return y;

@@ -71,8 +71,7 @@ cudaError_t launch_tokens(const DecodeArgs& a, bool is_bf16, int tokens, bool ea
     case 16: return launch_tile<T, BITS, 16>(a, is_bf16, early_start, stream);
     case 32: return launch_tile<T, BITS, 32>(a, is_bf16, early_start, stream);
     case 64: return launch_tile<T, BITS, 64>(a, is_bf16, early_start, stream);
-    case 128: return launch_tile<T, BITS, 128>(a, is_bf16, early_start, stream);
-    default: return launch_tile<T, BITS, 256>(a, is_bf16, early_start, stream);
+    default: return launch_tile<T, BITS, 128>(a, is_bf16, early_start, stream);
   }
 }
 

@@ -1,0 +1,221 @@
+"""The CUDA kernels: layout and refusals on any machine, everything computed against float64 where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.backends.kernel_oracle import assert_close, random_weight, tokens
+from woq.backends.base import Target
+from woq.backends.cuda import CudaBackend, CudaState, _register, arrange, dequantize
+from woq.backends.cuda_layout import pack_scales, pack_weight
+from woq.errors import BackendError
+from woq.weights import WeightSpec
+
+CPU = torch.device("cpu")
+BF16 = Target(torch.device("cuda"), torch.bfloat16)
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def code_at(block: torch.Tensor, bits: int, row: int, column: int) -> int:
+    """One code of a block of 64 x 64, read the way the comment in csrc/cuda/dequant.cuh describes."""
+    tile, upper, r = row // 16, row // 8 % 2, row % 8
+    step, right, c, e = column // 16, column // 8 % 2, column % 8 // 2, column % 2
+    lane, register = 4 * r + c, 2 * right + upper
+    words = [int(w) for w in block]
+    if bits == 4:
+        return words[(tile * 32 + lane) * 4 + step] >> (4 * register + 16 * e) & 15
+    if bits == 8:
+        word = words[((2 * tile + step // 2) * 32 + lane) * 4 + 2 * (step % 2) + register // 2]
+        return word >> (8 * (register % 2) + 16 * e) & 255
+    pair = 4 * step + register
+    code = words[(tile * 32 + lane) * 2 + step // 2] >> (2 * (pair % 8) + 16 * e) & 3
+    if bits == 3:
+        code |= (words[256 + tile * 32 + lane] >> (pair + 16 * e) & 1) << 2
+    return code
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_layout_is_what_the_kernels_document(bits: int) -> None:
+    n, k = 70, 130
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack_weight(codes, bits)
+    assert packed.shape == (2, 3, 128 * bits)
+    for row in range(0, n, 3):
+        for column in range(row % 5, k, 5):
+            block = packed[row // 64, column // 64]
+            assert code_at(block, bits, row % 64, column % 64) == codes[row, column]
+
+
+def test_scales_of_a_thread_are_neighbours() -> None:
+    scales, zeros = torch.randn(100, 3).half(), torch.randint(0, 16, (100, 3), dtype=torch.uint8)
+    packed = pack_scales(scales, zeros)
+    assert packed.shape == (2, 3, 192)
+    values = packed[..., :128].contiguous().view(torch.float16)
+    for row in range(100):
+        place = row % 8 * 8 + row % 64 // 16 * 2 + row // 8 % 2
+        assert torch.equal(values[row // 64, :, place], scales[row])
+        assert torch.equal(packed[row // 64, :, 128 + place], zeros[row])
+
+
+def test_irregular_groups_are_refused() -> None:
+    weight = random_weight(WeightSpec(128, 64, 4, 32, True, desc_act=True), irregular_order=True)
+    with pytest.raises(BackendError, match="g_idx"):
+        arrange(weight)
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "part"),
+    [
+        (WeightSpec(64, 64, 5, 32, True), BF16, "5"),
+        (WeightSpec(64, 64, 4, 48, True), BF16, "multiple of 32"),
+        (WeightSpec(64, 64, 4, 32, True, scale_dtype=torch.float32), BF16, "float32"),
+        (WeightSpec(64, 64, 4, 32, True), Target(torch.device("cuda"), torch.float32), "float32"),
+        (WeightSpec(64, 64, 4, 32, True), Target(CPU, torch.bfloat16), "NVIDIA"),
+    ],
+)
+def test_why_not_gives_the_reason(spec: WeightSpec, target: Target, part: str) -> None:
+    reason = CudaBackend().why_not(spec, target)
+    assert reason is not None
+    assert part in reason
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+def run(weight_state: CudaState, x: torch.Tensor, plan: list[int]) -> torch.Tensor:
+    """The operator with a plan of its own, its output's memory poisoned first."""
+    s = weight_state
+    poison = torch.full((x.shape[0], s.out_features), float("nan"), dtype=x.dtype, device=x.device)
+    del poison  # the caching allocator hands this block out again
+    y: torch.Tensor = torch.ops.woq.cuda_linear(
+        x, s.weight, s.scales, s.order, s.out_features, s.bits, s.group_size, s.scale_is_bf16, True, plan
+    )
+    return y
+
+
+def prepared(spec: WeightSpec, dtype: torch.dtype) -> tuple[CudaState, object]:
+    weight = random_weight(spec, device="cuda")
+    backend = CudaBackend()
+    assert backend.why_not(spec, Target(torch.device("cuda"), dtype)) is None
+    return backend.prepare(weight.pack(), Target(torch.device("cuda"), dtype)), weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group_size", "sym"),
+    [(32, True), (32, False), (64, False), (128, True), (128, False), (96, True), (1000, False)],
+)
+def test_every_path_matches_the_reference(dtype: torch.dtype, bits: int, group_size: int, sym: bool) -> None:
+    spec = WeightSpec(1000, 200, bits, group_size, sym, scale_dtype=dtype)
+    state, weight = prepared(spec, dtype)
+    for m in (1, 3, 8, 9, 16, 17, 33, 64, 100, 1100):
+        x = tokens(m, 1000, dtype, device="cuda", seed=m)
+        y = run(state, x, [])
+        assert_close(y, x, weight, rounded_weights=m > 8)
+        assert torch.equal(y, run(state, x, [])), "repeated runs differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [4, 1, 3, 4, 0],
+        [8, 1, 2, 8, 0],
+        [4, 2, 4, 2, 0],
+        [2, 4, 3, 4, 3],
+        [1, 1, 2, 1, 0],
+        [8, 1, 3, 1, 5],
+        [4, 2, 2, 2, 2],
+    ],
+)
+@pytest.mark.parametrize("m", [1, 8, 16, 32])
+def test_every_decode_plan_gives_the_same_product(plan: list[int], m: int) -> None:
+    state, weight = prepared(WeightSpec(1024, 1000, 4, 128, False), torch.bfloat16)
+    x = tokens(m, 1024, torch.bfloat16, device="cuda")
+    assert_close(run(state, x, plan), x, weight, rounded_weights=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_every_prefill_plan_gives_the_same_product(tile: int, split: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is sm_90a's")
+    state, weight = prepared(WeightSpec(1096, 600, 4, 64, False), torch.float16)
+    for m in (tile - 3, 2 * tile + 1):
+        x = tokens(m, 1096, torch.float16, device="cuda")
+        assert_close(run(state, x, [tile, 5, split]), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1000, 1001, 64, 72])
+@pytest.mark.parametrize("m", [1, 7, 20, 90])
+def test_activation_order_and_ragged_inputs(k: int, m: int) -> None:
+    state, weight = prepared(WeightSpec(k, 77, 4, 32, False, desc_act=True), torch.bfloat16)
+    x = tokens(m, k, torch.bfloat16, device="cuda")
+    assert_close(run(state, x, []), x, weight, rounded_weights=m > 8)
+    dense = dequantize(state, x, k)
+    torch.testing.assert_close(dense, weight.dequantize(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_a_very_wide_input_is_cut_into_fewer_tokens() -> None:
+    state, weight = prepared(WeightSpec(53248, 128, 4, 128, True), torch.bfloat16)
+    x = tokens(32, 53248, torch.bfloat16, device="cuda")
+    assert_close(run(state, x[:8], []), x[:8], weight, rounded_weights=False)
+    assert_close(run(state, x, []), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
+def test_leading_dimensions_offsets_and_empty_batches() -> None:
+    state, weight = prepared(WeightSpec(256, 128, 4, 128, True), torch.bfloat16)
+    backend = CudaBackend()
+    x = tokens(6, 256, torch.bfloat16, device="cuda")
+    y = backend.apply(x.view(2, 3, 256), state)
+    assert y.shape == (2, 3, 128)
+    assert_close(y.view(6, 128), x, weight, rounded_weights=False)
+    shifted = torch.empty(6 * 256 + 1, dtype=x.dtype, device="cuda")[1:].view(6, 256).copy_(x)
+    assert torch.equal(backend.apply(shifted, state), y.view(6, 128))
+    assert backend.apply(x[:0], state).shape == (0, 128)
+
+
+@pytest.mark.gpu
+def test_operator_is_well_behaved() -> None:
+    """opcheck: schema, fake implementation, autograd registration, tracing."""
+    state, weight = prepared(WeightSpec(256, 128, 4, 128, True), torch.bfloat16)
+    _register()
+    x = tokens(4, 256, torch.bfloat16, device="cuda").requires_grad_()
+    s = state
+    args = (x, s.weight, s.scales, s.order, 128, s.bits, s.group_size, s.scale_is_bf16, True, [])
+    torch.library.opcheck(torch.ops.woq.cuda_linear, args)
+    torch.ops.woq.cuda_linear(*args).sum().backward()
+    expected = weight.dequantize(torch.float32).sum(0).expand(4, -1)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_a_chain_of_dependent_layers() -> None:
+    """Early launch must not let a layer read its input before the layer before has written it."""
+    state, _ = prepared(WeightSpec(512, 512, 4, 128, True), torch.bfloat16)
+    backend = CudaBackend()
+    x = tokens(4, 512, torch.bfloat16, device="cuda")
+
+    def chain(v: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            v = backend.apply(v, state)
+        return v
+
+    expected = chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(x)
+    for _ in range(5):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, expected)
+    step = x
+    for _ in range(20):
+        step = backend.apply(step, state)
+        torch.cuda.synchronize()
+    assert torch.equal(step, expected)
