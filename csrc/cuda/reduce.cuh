@@ -37,9 +37,10 @@ __device__ void write(const DecodeArgs& a, int token, int n, float4 v) {
 // row_warps and split are powers of two.
 template <class T>
 __device__ void reduce(const DecodeArgs& a, int partial_offset, int partial_stride, int gather_offset, int gather_size, int threads, uint8_t* shared, int item, int round, int rounds) {
-  const int row_bits = 6 + __ffs(a.row_warps) - 1, split_bits = __ffs(a.split) - 1, owned_bits = row_bits - split_bits, rank = blockIdx.x;
+  const int row_bits = 6 + __ffs(a.row_warps) - 1;
+  [[maybe_unused]] const int owned_bits = row_bits - (__ffs(a.split) - 1), rank = blockIdx.x;
   const float* partial = reinterpret_cast<const float*>(shared + partial_offset);
-  const uint32_t gather = gather_offset + round % 2 * gather_size, barrier = smem_address(shared) + gather_barrier(round % 2);
+  [[maybe_unused]] const uint32_t gather = gather_offset + round % 2 * gather_size, barrier = smem_address(shared) + gather_barrier(round % 2);
   for (int i = threadIdx.x; i < a.m << (row_bits - 2); i += threads) {
     const int row = 4 * i & ((1 << row_bits) - 1), token = 4 * i >> row_bits;
     const float* from = partial + token * partial_stride + row;

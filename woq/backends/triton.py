@@ -49,7 +49,7 @@ TUNED: dict[str, tuple[tuple[int | None, Tiling], ...]] = {
 }
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _plane(words, row_length, k_padded, k, n, mask, BITS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913
     """The plane of WIDTH bits, moved to its place in the codes: wider planes come first and hold the lower bits."""
     below: tl.constexpr = BITS - BITS % (2 * WIDTH)  # bits held by wider planes
@@ -59,7 +59,7 @@ def _plane(words, row_length, k_padded, k, n, mask, BITS: tl.constexpr, WIDTH: t
     return ((word >> ((k % per_word) * WIDTH)[:, None]) & ((1 << WIDTH) - 1)) << below
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _codes(words, row_length, k_padded, k, n, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes [k, n] from the bit planes of `words`."""
     code = tl.zeros((k.shape[0], n.shape[0]), dtype=tl.int32)
@@ -74,7 +74,7 @@ def _codes(words, row_length, k_padded, k, n, mask, BITS: tl.constexpr):  # type
     return code
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _linear_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     x,
     words,
@@ -131,7 +131,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < m_size)[:, None] & (n < n_size)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(parts, out, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[i] = sum over s of parts[s, i], in order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
