@@ -3,6 +3,7 @@
 #   make demo [MODEL=<folder or hub id>]   quantize a small chat model, reload it, measure it, let it answer
 #   make test                              linters, types, tests; `make check` is the same
 #   make format                            put the code into its canonical form
+#   make test-ipex                         see Makefile.ipex
 #
 # PYTHON      the interpreter that .venv is made from
 # TORCH_ARGS  passed to `pip install torch`: on Linux, PyPI's torch brings several GB of CUDA libraries; with
@@ -47,6 +48,6 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist woq.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ipex build dist woq.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
--include Makefile.cuda
+-include Makefile.cuda Makefile.ipex

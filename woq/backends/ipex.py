@@ -50,7 +50,7 @@ class XpuState:
 
 
 def missing() -> str | None:
-    """None where IPEX can be imported. It ends the process under any torch but its own, so this is asked before."""
+    """None where IPEX can be imported; under another torch than its own its import fails without saying why."""
     try:
         version = metadata.version(_PACKAGE)
     except metadata.PackageNotFoundError:
