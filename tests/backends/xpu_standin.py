@@ -2,13 +2,13 @@
 
 `XpuKernels` takes the place of the two operators. It checks every tensor as the kernels do (aten/native/mkldnn/xpu in
 PyTorch) and as their memory descriptors assume, then decodes the weight element by element, in numpy, by the layout's
-definition. `XpuOnCpu` lets tensors be put on "xpu": they stay on the CPU.
+definition. `OnCpu` lets tensors be put on a device that is not there: they stay on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -75,32 +75,40 @@ class XpuKernels(TorchDispatchMode):
         return kernels[func](*args)
 
 
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.device | str) and str(value).partition(":")[0] == "xpu":
-        return torch.device("cpu")
-    return value
+class OnCpu(TorchFunctionMode):
+    """Whoever asks torch for a tensor on `device` gets it on the CPU. `asked` counts how often that was."""
 
-
-class XpuOnCpu(TorchFunctionMode):
-    """Whoever asks torch for a tensor on "xpu" gets it on the CPU. `asked` counts how often that was."""
-
-    asked = 0
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.asked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        moved = tuple(map(_on_cpu, args)), {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
-        self.asked += sum(a is not b for a, b in zip(args, moved[0], strict=True))
-        self.asked += sum(moved[1][name] is not value for name, value in (kwargs or {}).items())
-        return func(*moved[0], **moved[1])
+        if func is torch.device:  # naming a device asks for nothing
+            return func(*args, **(kwargs or {}))
+        named = {name: self._moved(value) for name, value in (kwargs or {}).items()}
+        return func(*map(self._moved, args), **named)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, torch.device | str) and str(value).partition(":")[0] == self.device:
+            self.asked += 1
+            return torch.device("cpu")
+        return value
 
 
 @contextmanager
-def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[XpuKernels]:
-    """An XPU that is there: available, with its kernels, serving tensors that in truth are the CPU's."""
+def device_on_cpu(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnCpu]:
+    """`device` ("xpu" or "cuda") is there as far as anyone asks; its tensors are in truth the CPU's."""
+    with monkeypatch.context() as patch, OnCpu(device) as mode:
+        patch.setattr(getattr(torch, device), "is_available", lambda: True)
+        yield mode
+
+
+@contextmanager
+def xpu_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[XpuKernels]:
+    """An XPU with torch's kernels for it; the backend "xpu" runs there."""
     table = tuple(replace(e, devices=("cpu", "xpu")) if e.name == "xpu" else e for e in BACKENDS)
-    with ExitStack() as stack:
-        patch = stack.enter_context(monkeypatch.context())
+    with monkeypatch.context() as patch, device_on_cpu("xpu", patch), XpuKernels() as kernels:
         patch.setattr("woq.backends.BACKENDS", table)
         patch.setattr("woq.backends.xpu.has_kernel", lambda operator: True)
-        patch.setattr(torch.xpu, "is_available", lambda: True)
-        stack.enter_context(XpuOnCpu())
-        yield stack.enter_context(XpuKernels())
+        yield kernels
