@@ -69,7 +69,7 @@ OTHER: dict[str, Any] = {
     "damp_percent": 0.1,
     "desc_act": True,
     "static_groups": True,
-    "act_group_aware": True,
+    "act_group_aware": False,
     "block_size": 64,
     "auto_scale": False,
     "auto_clip": False,
@@ -192,7 +192,7 @@ def test_unknown_key_names_the_closest(cls: type[QuantConfig], key: str, hint: s
         (RtnConfig, {"weight_dtype": "nf4", "bits": 3}, "weight_dtype='nf4' with bits=3 .* allowed: bits=4"),
         (RtnConfig, {"weight_dtype": "int8", "bits": 4}, "weight_dtype='int8' contradicts bits=4"),
         (GPTQConfig, {"weight_dtype": "nf4"}, "weight_dtype='nf4' is not possible; allowed: 'int'"),
-        (GPTQConfig, {"desc_act": True, "act_group_aware": True}, "desc_act=True with act_group_aware=True"),
+        (GPTQConfig, {"desc_act": True, "act_group_aware": False}, "desc_act=True with act_group_aware=True"),
         (GPTQConfig, {"quant_method": "rtn"}, "GPTQConfig.quant_method = 'rtn'; allowed: 'gptq'"),
         (GPTQConfig, {"overrides": {"a(": {}}}, "'a\\(' is no regular expression"),
         (
@@ -273,7 +273,7 @@ def test_layer_rules() -> None:
 @pytest.mark.parametrize(
     ("fields", "needed"),
     [({}, False), ({"desc_act": True}, True), ({"desc_act": True, "static_groups": True}, False),
-     ({"act_group_aware": True}, False)],
+     ({"act_group_aware": False}, False)],
 )  # fmt: skip
 def test_run_time_order(fields: dict[str, bool], needed: bool) -> None:
     assert GPTQConfig(**fields).run_time_order is needed
