@@ -1,7 +1,7 @@
 """Intel Extension for PyTorch's int4 kernels, for those who still run that stack. Never chosen by itself.
 
-IPEX was archived after 2.8, works under torch 2.8 alone, and without AMX is many times slower than the reference; so
-it is used where `backend="ipex"` asks for it, and imported then. 4 bits only.
+IPEX was archived after 2.8, works under torch 2.8 alone, and without AMX is some two hundred times slower than torch's
+own kernels; so it is used where `backend="ipex"` asks for it, and imported then. 4 bits only.
 
 What its kernels do not check is refused here. On the CPU (tried with 2.8.0): groups that are no power of two read past
 the weight and give garbage, a K that is no multiple of 4 ends the process, and N = 1 loses a dimension. On an XPU (from
