@@ -67,12 +67,12 @@ __device__ void fetch_stage(const DecodeArgs& a, const DecodeLayout& layout, con
 #endif
 }
 
-// x[:, 64 first .. 64 last) to shared memory, in the weight's input order, zero beyond k.
+// x[:, 64 first .. 64 last) to shared memory, zero beyond k.
 template <class T>
 __device__ void stage_x(const DecodeArgs& a, uint8_t* shared, int stride, int first, int last, uint32_t barrier, int warp, int lane) {
   const T* x = static_cast<const T*>(a.x);
 #if HOPPER
-  if (a.order == nullptr && a.k % kBlock == 0) {
+  if (a.k % kBlock == 0) {
     const int bytes = (last - first) * kBlock * 2;
     if (warp == 0) {
       if (elect()) {
@@ -86,7 +86,7 @@ __device__ void stage_x(const DecodeArgs& a, uint8_t* shared, int stride, int fi
     return;
   }
 #endif
-  const bool vectors = a.order == nullptr && a.k % 8 == 0;
+  const bool vectors = a.k % 8 == 0;
   const int width = vectors ? 8 : 1, columns = (last - first) * kBlock / width;
   // Thread i takes elements i, i + blockDim, ..., without dividing by the row length each time.
   int row = threadIdx.x / columns, column = threadIdx.x % columns;
@@ -98,7 +98,7 @@ __device__ void stage_x(const DecodeArgs& a, uint8_t* shared, int stride, int fi
       // cp.async keeps all of a thread's loads in flight at once, without registers
       copy16_async(smem_address(to), from + min(k, a.k - 8), k < a.k ? 16 : 0);
     } else {
-      *reinterpret_cast<T*>(to) = k < a.k ? from[a.order ? a.order[k] : k] : Float16<T>::round(0.f);
+      *reinterpret_cast<T*>(to) = k < a.k ? from[k] : Float16<T>::round(0.f);
     }
     for (column += blockDim.x; column >= columns; column -= columns) ++row;
   }

@@ -19,7 +19,6 @@ struct DecodeArgs {
   const void* x;          // [m, k], rows contiguous
   const uint8_t* weight;  // [row_groups][k_blocks][block_bytes]
   const uint8_t* scales;  // [row_groups][groups][scale_stride]
-  const int* order;       // [k] or null: input j of the weight is column order[j] of x
   void* y;                // [m, n]
   int m, n, k;
   int row_groups, k_blocks, groups;

@@ -171,10 +171,8 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   woq::DecodeArgs a = describe(w, n, k, bits, group_size, scale_is_bf16);
   a.m = static_cast<int>(m);
-  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 3 ? woq::Path::prefill : woq::choose_path(a, device);
-  if (order && path == woq::Path::decode) {
-    a.order = static_cast<const int*>(order->data_ptr());
-  } else if (order) {
+  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 3 ? woq::Path::prefill : woq::choose_path(a, static_cast<int>(bits), device);
+  if (order && m > 0) {
     Tensor gathered = torch::stable::new_empty(x, {m, k});
     check(woq::launch_gather(x.data_ptr(), static_cast<const int*>(order->data_ptr()), gathered.data_ptr(), int(m), int(k), stream), "gather");
     x = gathered;

@@ -34,10 +34,14 @@ struct DecodeEntry {
 };
 constexpr int kAny = 1 << 30;
 constexpr DecodeEntry kDecodeTable[] = {
-    {80, 128, 4, 4, 1, 4, 4, 0},        {80, 128, 32, 8, 1, 3, 2, 0},                                          // 4096 x 4096
-    {80, kAny, 4, 8, 1, 3, 2, 0},       {80, kAny, 8, 4, 1, 4, 2, 0},     {80, kAny, 32, 2, 4, 3, 8, 0},       // 4096 x 14336
-    {200, kAny, 4, 4, 2, 3, 4, 0},      {200, kAny, 8, 2, 4, 2, 8, 0},    {200, kAny, 32, 2, 2, 2, 4, 0},      // 6144 x 4096
-    {kAny, kAny, 4, 4, 1, 4, 2, 198},   {kAny, kAny, 8, 8, 1, 4, 1, 132}, {kAny, kAny, 32, 4, 2, 3, 2, 66},    // 28672 x 4096
+    // 4096 x 4096
+    {80, 128, 1, 4, 1, 4, 4, 0}, {80, 128, 8, 2, 2, 2, 8, 0}, {80, 128, 32, 8, 1, 3, 2, 0},
+    // 4096 x 14336
+    {80, kAny, 4, 8, 1, 3, 2, 0}, {80, kAny, 8, 4, 1, 4, 2, 0}, {80, kAny, 32, 2, 4, 3, 8, 0},
+    // 6144 x 4096
+    {200, kAny, 2, 4, 2, 3, 4, 0}, {200, kAny, 8, 2, 4, 2, 8, 0}, {200, kAny, 32, 2, 2, 2, 4, 0},
+    // 28672 x 4096
+    {kAny, kAny, 4, 2, 2, 4, 1, 0}, {kAny, kAny, 8, 4, 1, 4, 2, 66}, {kAny, kAny, 32, 4, 2, 3, 2, 66},
 };
 
 inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& device) {
@@ -84,9 +88,13 @@ inline PrefillPlan choose_prefill(const DecodeArgs& a, const Device& device) {
   return best;
 }
 
-inline Path choose_path(const DecodeArgs& a, const Device& device) {
+inline Path choose_path(const DecodeArgs& a, int bits, const Device& device) {
   const bool wgmma = device.capability == 90 && a.k % 8 == 0;  // TMA wants rows of x 16-byte aligned
-  if (a.m <= (wgmma ? 16 : 64)) return Path::decode;
+  if (a.m <= (wgmma ? 16 : 64)) {
+    DecodeArgs one = a;
+    one.m = std::min(a.m, 1);  // where shared memory cannot hold a single token of x, there is no decoding
+    return choose_decode(one, bits, device).k_warps > 0 ? Path::decode : Path::dense;
+  }
   if (!wgmma) return Path::dense;
   // Dequantizing writes 800 weights a cycle, cuBLAS then does 1500 multiply-adds a cycle and processor.
   const int64_t weights = int64_t(a.n) * a.k, dense = weights / 800 + weights / (1500 * device.processors) * a.m;

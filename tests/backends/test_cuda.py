@@ -116,20 +116,23 @@ def test_every_path_matches_the_reference(dtype: torch.dtype, bits: int, group_s
         assert torch.equal(y, run(state, x, [])), "repeated runs differ"
 
 
+PLANS = [
+    [4, 1, 3, 4, 0],
+    [8, 1, 2, 8, 0],
+    [1, 1, 2, 1, 0],
+    [4, 2, 2, 2, 2],
+    [2, 2, 2, 8, 0],
+    [4, 2, 4, 2, 0],
+    [2, 4, 3, 4, 3],
+    [8, 1, 3, 1, 5],
+]
+LARGEST = 4  # plans of the list that fit into shared memory with 32 tokens
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "plan",
-    [
-        [4, 1, 3, 4, 0],
-        [8, 1, 2, 8, 0],
-        [4, 2, 4, 2, 0],
-        [2, 4, 3, 4, 3],
-        [1, 1, 2, 1, 0],
-        [8, 1, 3, 1, 5],
-        [4, 2, 2, 2, 2],
-    ],
+    ("plan", "m"), [(p, m) for p in PLANS for m in (1, 8, 16)] + [(p, 32) for p in PLANS[:LARGEST]]
 )
-@pytest.mark.parametrize("m", [1, 8, 16, 32])
 def test_every_decode_plan_gives_the_same_product(plan: list[int], m: int) -> None:
     state, weight = prepared(WeightSpec(1024, 1000, 4, 128, False), torch.bfloat16)
     x = tokens(m, 1024, torch.bfloat16, device="cuda")
