@@ -163,6 +163,8 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
                   "woq: order must be int32 [", k, "]");
   STD_TORCH_CHECK(plan.empty() || plan.size() == 5 || plan.size() == 3, "woq: a plan has 5 or 3 numbers");
   const int device_index = given_x.get_device();
+  const auto here = [device_index](const Tensor& t) { return t.is_cuda() && t.get_device() == device_index; };
+  STD_TORCH_CHECK(here(weight) && here(scales) && (!order || here(*order)), "woq: the weight is not on the device of x");
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const woq::Device& device = device_properties(device_index);
   const cudaStream_t stream = current_stream(device_index);
@@ -192,7 +194,7 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
 Tensor dequantize(const Tensor& weight, const Tensor& scales, const Tensor& like, int64_t n, int64_t k, int64_t bits, int64_t group_size,
                   bool scale_is_bf16) {
   const Weight w = check_weight(weight, scales, n, k, bits, group_size);
-  STD_TORCH_CHECK(weight.is_cuda(), "woq: weight must be on a CUDA device");
+  STD_TORCH_CHECK(weight.is_cuda() && scales.is_cuda(), "woq: weight and scales must be on a CUDA device");
   const int device_index = weight.get_device();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   return dense(w, like, n, k, bits, group_size, scale_is_bf16, current_stream(device_index));

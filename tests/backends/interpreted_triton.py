@@ -16,10 +16,11 @@ LARGE = Tiling(32, 32, 64, 1, 1, 1)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("tiling", [SMALL, SPLIT, LARGE], ids=["small", "split", "large"])
+@pytest.mark.parametrize(
+    ("tiling", "sym"), [(SMALL, True), (SPLIT, False), (LARGE, False)], ids=["small", "split", "large"]
+)
 def test_every_width_and_tiling_matches_the_reference(bits: int, sym: bool, tiling: Tiling) -> None:
-    weight = random_weight(WeightSpec(192, 40, bits, 64, sym), seed=bits)
+    weight = random_weight(WeightSpec(192, 24, bits, 64, sym), seed=bits)
     x = tokens(3, 192, torch.float32)
     assert_close(backend.run(x, backend.arrange(weight), tiling), x, weight, rounded_weights=False)
 
