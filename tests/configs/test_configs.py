@@ -192,7 +192,7 @@ def test_unknown_key_names_the_closest(cls: type[QuantConfig], key: str, hint: s
         (RtnConfig, {"weight_dtype": "nf4", "bits": 3}, "weight_dtype='nf4' with bits=3 .* allowed: bits=4"),
         (RtnConfig, {"weight_dtype": "int8", "bits": 4}, "weight_dtype='int8' contradicts bits=4"),
         (GPTQConfig, {"weight_dtype": "nf4"}, "weight_dtype='nf4' is not possible; allowed: 'int'"),
-        (GPTQConfig, {"desc_act": True, "act_group_aware": False}, "desc_act=True with act_group_aware=True"),
+        (GPTQConfig, {"desc_act": True, "act_group_aware": True}, "desc_act=True with act_group_aware=True"),
         (GPTQConfig, {"quant_method": "rtn"}, "GPTQConfig.quant_method = 'rtn'; allowed: 'gptq'"),
         (GPTQConfig, {"overrides": {"a(": {}}}, "'a\\(' is no regular expression"),
         (
