@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,7 @@ class AutoModelForCausalLM:
         `config`) and, where quantization ran, `quantization_report`; every kernel has been checked against the
         reference. Raises the errors of `woq.errors`.
         """
-        unknown = sorted(hub.keys() - set(_HUB_ARGUMENTS))
-        if unknown:
-            raise ConfigError(
-                f"from_pretrained takes no {unknown}", hint=f"besides its own: {list(_HUB_ARGUMENTS)}"
-            )
+        _refuse_unknown(hub)
         folder = resolve_folder(path, hub)
         device = run_device(device_map)
         quantized_already = "quantization_config" in read_json(folder / CONFIG)
@@ -86,21 +83,19 @@ class AutoModelForCausalLM:
             plain = from_transformers(folder, dtype=running, trust_remote_code=trust_remote_code)
             return plain.to(device)
         else:
-            config = quantization_config
-            config = config_from_dict(config) if isinstance(config, dict) else config
+            given = quantization_config
+            config = config_from_dict(given) if isinstance(given, dict) else given
             model = _quantize_now(
                 folder,
                 config,
                 offload=offload,
+                backend=backend,
                 calibration=calibration,
                 tokenizer=tokenizer,
                 dtype=_compute_dtype(dtype, stored, quantization_device(config.device)),
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-            for module in model.modules():
-                if isinstance(module, QuantLinear):
-                    module.requested_backend = backend
         return _ready(model, device, running)
 
 
@@ -169,7 +164,19 @@ def _quantize_now(folder: Path, config: QuantConfig, *, offload: Offload, **opti
     with options["progress"] or ConsoleProgress() as bars:
         report = quantize(model, config, options["calibration"], tokenizer=tokenizer, progress=bars)
     model.quantization_report = report
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.requested_backend = options["backend"]
     return model
+
+
+def _refuse_unknown(hub: Mapping[str, Any]) -> None:
+    """What is no argument of ours may only be one that finds a hub repository: a misspelt one must not be lost."""
+    unknown = sorted(hub.keys() - set(_HUB_ARGUMENTS))
+    if unknown:
+        raise ConfigError(
+            f"from_pretrained takes no {unknown}", hint=f"besides its own: {list(_HUB_ARGUMENTS)}"
+        )
 
 
 def _ready(model: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -91,6 +91,10 @@ def model_dict(model: Any) -> dict[str, Any]:
     """The model's config.json without its quantization_config."""
     values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     values.pop("quantization_config", None)
+    if not values.get(
+        "architectures"
+    ):  # a model built from a config and never saved; readers pick its class by this
+        values["architectures"] = [type(model).__name__]
     return values
 
 
