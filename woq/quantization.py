@@ -88,6 +88,7 @@ class _Run:
         self.head = output_head(model) if config.quant_lm_head else None
         self.report = Report(make_plan(config, self.path, self.blocks, self.head), str(device))
         self.batches: Sequence[Batch] = []
+        self.outside: list[tuple[Tensor, torch.device]] = []  # what was brought to the device, and from where
         self.captured: Capture | None = None
         self.inputs: BlockInputs | None = None
         plan = self.report.plan
@@ -150,7 +151,12 @@ class _Run:
             if id(module) not in inside:
                 for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                     if not tensor.is_meta:
+                        self.outside.append((tensor, tensor.device))
                         tensor.data = tensor.data.to(self.device)
+
+    def _return_outside(self) -> None:
+        for tensor, home in self.outside:
+            tensor.data = tensor.data.to(home)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -174,6 +180,8 @@ class _Run:
                 )
             self._one(len(self.blocks), name, head)
             self.progress.step(name)
+        if self.writer is None:
+            self._return_outside()
 
     def _one(self, index: int, name: str, block: nn.Module) -> None:
         started = time.perf_counter()
@@ -228,7 +236,7 @@ class _Run:
         modules = linears(block)
         for layer, weight in packed.items():
             bias = modules[layer].bias
-            quantized = QuantLinear(weight, None if bias is None else bias.detach())
+            quantized = QuantLinear(weight, None if bias is None else bias.detach().to(home))
             parent, _, own = f"{name}.{layer}".rstrip(".").rpartition(".")
             setattr(self.model.get_submodule(parent), own, quantized)
         if "" not in packed:
