@@ -83,16 +83,15 @@ class AutoModelForCausalLM:
             plain = from_transformers(folder, dtype=running, trust_remote_code=trust_remote_code)
             return plain.to(device)
         else:
-            given = quantization_config
-            config = config_from_dict(given) if isinstance(given, dict) else given
             model = _quantize_now(
                 folder,
-                config,
+                quantization_config,
                 offload=offload,
                 backend=backend,
                 calibration=calibration,
                 tokenizer=tokenizer,
-                dtype=_compute_dtype(dtype, stored, quantization_device(config.device)),
+                dtype=dtype,
+                stored=stored,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
@@ -151,12 +150,15 @@ def quantize_folder(
     return report
 
 
-def _quantize_now(folder: Path, config: QuantConfig, *, offload: Offload, **options: Any) -> Any:
+def _quantize_now(
+    folder: Path, given: QuantConfig | dict[str, Any], *, offload: Offload, **options: Any
+) -> Any:
     """Load a float model and quantize it in memory."""
     from woq.quantization import quantize
 
+    config = config_from_dict(given) if isinstance(given, dict) else given
     device = quantization_device(config.device)
-    trust, dtype = options["trust_remote_code"], options["dtype"]
+    trust, dtype = options["trust_remote_code"], _compute_dtype(options["dtype"], options["stored"], device)
     model = load_float(
         folder, dtype=dtype, device=device, offload=offload, blocks=config.blocks, trust_remote_code=trust
     )

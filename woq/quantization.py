@@ -95,6 +95,8 @@ class _Run:
         progress.say(
             f"{len(self.blocks)} blocks in {self.path!r}, {len(plan.specs)} linears, {plan.coverage:.1%} of the blocks' weights"
         )
+        if config.compute_dtype is not None:
+            progress.say("compute_dtype is only recorded: every backend computes in the activations' dtype")
         for name, what in plan.adjusted.items():
             progress.say(f"{name}: {what}")
 
@@ -225,9 +227,7 @@ class _Run:
             parts = {p: own.pop(prefix + p) for p in spec.packed_shapes()}
             packed[layer] = PackedWeight.from_tensors(spec, parts, f"{name}.{layer}")
             write_back(modules[layer], packed[layer].to(self.device).unpack().dequantize())
-        block.load_state_dict(
-            own, strict=False
-        )  # biases and norms: an algorithm may have folded scales into them
+        block.load_state_dict(own, strict=False)  # biases and norms: scales may have been folded into them
         return packed, [LayerReport(**layer) for layer in record["layers"]]
 
     def _install(

@@ -140,7 +140,9 @@ class QuantizedWeight:
             g_idx = self.groups_of_inputs().to(torch.int32)  # always written: readers disagree on its absence
         else:
             qweight, qzeros = (self._pack_plain(t) for t in (self.codes, stored_zeros))
-            scales, g_idx = self.scales, self.g_idx if spec.desc_act else None
+            scales = self.scales
+            # A layer that was to be ordered but was not (a fallback) still has the tensor its spec promises.
+            g_idx = self.groups_of_inputs().to(torch.int32) if spec.desc_act else None
         return PackedWeight(
             spec=spec,
             qweight=qweight.contiguous(),

@@ -17,7 +17,7 @@ from woq.configs import GPTQConfig, RtnConfig
 from woq.errors import CalibrationError, QuantizationError
 from woq.quant import dequantize, group_params, quantize
 from woq.replay import BlockCall, BlockInputs
-from woq.weights import WeightSpec
+from woq.weights import Layout, PackedWeight, WeightSpec
 
 K, N, GROUP = 64, 24, 16
 
@@ -318,3 +318,19 @@ def test_rtn_needs_no_inputs() -> None:
     assert build(GPTQConfig()).needs_data
     specs = {"q": spec_of(block.q)}
     assert algorithm.quantize_block(block, specs, None)["q"].tokens is None
+
+
+def test_linears_that_no_stage_lists_come_last() -> None:
+    """The output head has no name inside a block, whatever `modules_in_block_to_quantize` lists."""
+    block, inputs = block_and_inputs()
+    results = run(block, inputs, "qkvo", modules_in_block_to_quantize=(("v",), ("q",)))
+    assert list(results) == ["q", "k", "v", "o"]
+
+
+@pytest.mark.parametrize("layout", [Layout(zero_offset=0), Layout("inc_plain", 0, torch.int8, 0)], ids=str)
+def test_a_fallback_under_desc_act_still_packs_what_its_spec_promises(layout: Layout) -> None:
+    spec = WeightSpec(64, 32, 4, 32, True, desc_act=True, layout=layout)
+    packed = round_to_nearest(torch.randn(32, 64), spec).pack()
+    assert packed.tensors().keys() == spec.packed_shapes().keys()
+    back = PackedWeight.from_tensors(spec, packed.tensors(), "layer").unpack()
+    assert torch.equal(back.groups_of_inputs(), torch.arange(64) // 32)

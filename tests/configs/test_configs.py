@@ -53,7 +53,6 @@ OTHER: dict[str, Any] = {
     "seed": 7,
     "tokenizer": "some/folder",
     "padding": True,
-    "truncation": True,
     "pad_token_id": 0,
     "true_sequential": True,
     "folding": False,

@@ -40,9 +40,8 @@ from woq.quant import Search
 from woq.replay import BlockInputs, input_groups, observe
 from woq.weights import QuantizedWeight, WeightSpec
 
-_MOMENT_BYTES = (
-    4 << 30
-)  # of float32 second moments held at a time; more of them cost another run of the block
+# Bytes of float32 second moments held at a time; more of them cost another run of the block.
+_MOMENT_BYTES = 4 << 30
 
 
 class Gptq(Algorithm[GPTQConfig]):
@@ -73,8 +72,10 @@ class Gptq(Algorithm[GPTQConfig]):
         """Which groups of linears are calibrated together: all, or one after the other, or as the config lists."""
         listed = self.config.modules_in_block_to_quantize
         if listed is not None:
-            kept = [[tuple(n for n in group if n in names) for group in groups] for names in listed]
-            return [[group for group in stage if group] for stage in kept]
+            unlisted = tuple(n for group in groups for n in group if not any(n in names for names in listed))
+            stages = (*listed, unlisted)  # the output head goes by no name inside a block
+            kept = [[tuple(n for n in group if n in names) for group in groups] for names in stages]
+            return [stage for names in kept if (stage := [group for group in names if group])]
         return [[group] for group in groups] if self.config.true_sequential else [groups]
 
     def _one_pass(

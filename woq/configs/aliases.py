@@ -79,6 +79,9 @@ _BLOCKWISE = "quantization always goes block by block"
 _LOADING = "it belongs to from_pretrained"
 
 IGNORED: dict[str, Ignored] = {
+    "truncation": Ignored(
+        "texts are packed whole by default; with padding=True they are always cut to seq_len", (True,)
+    ),
     "use_cuda_fp16": Ignored("kernels take the activations' own dtype and accumulate in float32"),
     "use_exllama": Ignored(_BACKEND),
     "disable_exllama": Ignored(_BACKEND),

@@ -99,7 +99,7 @@ class QuantConfig(BaseModel):
     scale_dtype: ScaleDtype = "fp16"
     """What scales are stored in; they are rounded to it before codes are computed."""
     compute_dtype: ComputeDtype | None = None
-    """What the backend may compute in; None: the activations' dtype."""
+    """What a backend may compute in. Recorded for the folder; no backend looks at it yet, and quantizing says so."""
     compression_dtype: WordDtype = "int32"
     """The word that codes are packed into."""
     compression_dim: Literal[0, 1] = 1
@@ -248,8 +248,6 @@ class CalibratedConfig(QuantConfig):
     """A tokenizer, its folder or its hub id; None: the model's own."""
     padding: bool = False
     """One text a sample, padded to seq_len and masked out of every statistic. False packs texts end to end."""
-    truncation: bool = False
-    """With padding: drop what a text has beyond seq_len, instead of making further samples of it."""
     pad_token_id: int | None = Field(None, ge=0, strict=True)
     """What to pad with; None: the tokenizer's."""
     true_sequential: bool = False
