@@ -80,7 +80,7 @@ _LOADING = "it belongs to from_pretrained"
 
 IGNORED: dict[str, Ignored] = {
     "truncation": Ignored(
-        "texts are packed whole by default; with padding=True they are always cut to seq_len", (True,)
+        "texts are packed whole; with padding=True they are always cut to seq_len", (False,)
     ),
     "use_cuda_fp16": Ignored("kernels take the activations' own dtype and accumulate in float32"),
     "use_exllama": Ignored(_BACKEND),
