@@ -57,7 +57,11 @@ def test_rules_for_layers_that_differ() -> None:
     read = FolderFormat.parse(json.loads(json.dumps(made)), WHERE)
     assert read.layout == GPTQ_V1
     assert read.config == config
-    assert [read.settings(name) for name in specs] == [(4, 32, True), (8, 32, True), (4, -1, True)]
+    assert [read.settings(name) for name in specs] == [
+        (4, 32, True, "int"),
+        (8, 32, True, "int"),
+        (4, -1, True, "int"),
+    ]
 
 
 def test_own_layouts_come_back() -> None:
@@ -82,7 +86,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"woq": {"config": 3}}, r"quantization_config\.woq is malformed"),
     ({"quant_method": "woq", "checkpoint_format": "woq_inc_plain"}, "is not known"),
     ({"checkpoint_format": "woq_gptq", "woq": {"version": 1}}, r"quantization_config\.woq is malformed"),
-    ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "version": 2}}, "version 2 is newer than 1"),
+    ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "version": 3}}, "version 3 is newer than 2"),
     ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "version": "x"}}, "malformed"),
     ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "packing": "planar"}}, "layout that does not exist"),
     ({"checkpoint_format": "woq_gptq", "woq": {**OWN, "compression_dim": 2}}, "layout that does not exist"),

@@ -17,7 +17,7 @@ from woq.backends.base import Target
 from woq.backends.reference import ReferenceBackend
 from woq.device import available_devices
 from woq.selftest import GROUPS, TOKENS, grid, report, run_selftest, sample, summarize, targets
-from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import DATA_TYPES, PackedWeight, QuantizedWeight, WeightSpec
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +36,13 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_grid_is_all_of_it() -> None:
     specs = grid()
-    assert len(specs) == len(set(specs)) == 7 * 2 * 2 * (2 * len(GROUPS) - 1)
+    assert len(specs) == len(set(specs))
+    whole = [spec for spec in specs if spec.data_type == "int" and spec.double_quant is None]
+    assert len(whole) == 7 * 2 * 2 * (2 * len(GROUPS) - 1)
+    for data_type in DATA_TYPES:
+        of_it = [spec for spec in specs if spec.data_type == data_type]
+        assert {spec.group_size for spec in of_it} == set(GROUPS)
+        assert any(spec.double_quant for spec in of_it) or data_type == "int_float_zeros"
     assert {spec.bits for spec in specs} == set(range(2, 9))
     assert {(t.device.type, t.dtype) for t in targets()} == {
         (device, dtype) for device in available_devices() for dtype in DTYPES
@@ -111,7 +117,7 @@ def test_what_raises_or_is_no_number_fails_and_the_rest_runs_on(monkeypatch: pyt
     rows = run_selftest([Target(CPU, torch.float32)])
     assert rows and not any(row.passed for row in rows)
     assert {row.raised for row in rows if row.bits == 3} == {"could not create a primitive"}
-    lines = {line.bits: line for line in summarize(rows)}
+    lines = {line.bits: line for line in summarize(rows) if line.data_type == "int"}
     assert math.isinf(lines[3].worst_error) and math.isnan(lines[4].worst_error)
     assert all(line.failed == line.cases for line in lines.values())
     assert report(rows)["passed"] is False
@@ -126,7 +132,8 @@ def test_samples_are_what_their_spec_says() -> None:
         weight = sample(spec)
         unpacked = weight.pack().unpack()
         assert torch.equal(unpacked.codes, weight.codes) and torch.equal(unpacked.zeros, weight.zeros)
-        assert (weight.zeros == 1 << (spec.bits - 1)).all() == spec.sym
+        assert torch.equal(unpacked.scales, weight.scales)
+        assert (weight.zeros == (0 if spec.is_codebook else 1 << (spec.bits - 1))).all() == spec.sym
         assert (weight.g_idx is not None) == spec.desc_act
 
 

@@ -13,8 +13,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from woq.codebooks import VALUES
 from woq.errors import CheckpointError
-from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, QuantizedWeight, WeightSpec
+from woq.scales import DoubleQuant, encode
+from woq.weights import (
+    CODEBOOKS,
+    DATA_TYPES,
+    GPTQ_V1,
+    GPTQ_V2,
+    DataType,
+    Layout,
+    PackedWeight,
+    QuantizedWeight,
+    WeightSpec,
+)
 
 WORDS = (torch.int8, torch.int16, torch.int32, torch.int64)
 PLAIN = tuple(Layout("inc_plain", 0, word, dim) for word, dim in itertools.product(WORDS, (0, 1)))
@@ -60,6 +72,84 @@ def test_pack_and_unpack_are_inverse(layout: Layout, shape: tuple[int, int, int]
         assert torch.equal(after.scales, before.scales), (bits, sym)
         assert torch.equal(after.groups_of_inputs(), before.groups_of_inputs()), (bits, sym)
         assert torch.equal(after.dequantize(), before.dequantize()), (bits, sym)
+
+
+def other_kind(
+    shape: tuple[int, int, int], data_type: DataType, layout: Layout, how: DoubleQuant | None
+) -> QuantizedWeight:
+    """`random_weight` of 4 bits as another data type, its scales as codes where `how` says."""
+    plain = random_weight(shape, 4, data_type != "int_float_zeros", layout)
+    spec = replace(plain.spec, data_type=data_type, double_quant=how)
+    zeros = plain.zeros * 0 if spec.is_codebook else plain.zeros
+    if data_type == "int_float_zeros":
+        zeros = (plain.zeros + torch.rand(plain.zeros.shape)).to(spec.scale_dtype)
+    coded = None if how is None else encode(plain.scales, how)
+    scales = plain.scales if coded is None or how is None else coded.decode(how, spec.scale_dtype)
+    return QuantizedWeight(spec, plain.codes, scales, zeros, None, coded)
+
+
+HOW = {"scales": None, "8-bit scales": DoubleQuant(), "6-bit sym scales": DoubleQuant(6, 8, True)}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("data_type", DATA_TYPES)
+def test_every_data_type_survives_every_layout(
+    data_type: DataType, layout: Layout, how: DoubleQuant | None
+) -> None:
+    for shape in SHAPES.values():
+        before = other_kind(shape, data_type, layout, how)
+        packed = before.pack()
+        assert {
+            n: (tuple(t.shape), t.dtype) for n, t in packed.tensors().items()
+        } == before.spec.packed_shapes()
+        assert ("qzeros" in packed.tensors(), "zeros" in packed.tensors()) == (
+            data_type == "int",
+            data_type == "int_float_zeros",
+        )
+        assert ("scales" in packed.tensors()) == (how is None)
+        after = PackedWeight.from_tensors(before.spec, packed.tensors(), "up").to("cpu").unpack()
+        for one, other in (
+            (after.codes, before.codes),
+            (after.zeros, before.zeros),
+            (after.scales, before.scales),
+        ):
+            assert torch.equal(one, other) and one.dtype == other.dtype
+        assert torch.equal(after.dequantize(), before.dequantize())
+        for name, tensor in after.pack().tensors().items():  # what was read is written again, to the bit
+            assert torch.equal(tensor, packed.tensors()[name])
+
+
+@pytest.mark.parametrize("data_type", ["int_float_zeros", *CODEBOOKS])
+def test_other_data_types_are_their_formulas(data_type: DataType) -> None:
+    weight = other_kind((6, 40, 16), data_type, GPTQ_V2, DoubleQuant(5, 8))
+    w = weight.dequantize()
+    for n, k in itertools.product(range(6), range(40)):
+        code, scale = int(weight.codes[n, k]), float(weight.scales[n, k // 16])
+        value = VALUES[data_type][code] if data_type in VALUES else code - float(weight.zeros[n, k // 16])
+        assert float(w[n, k]) == pytest.approx(scale * value, rel=1e-6)
+
+
+def test_scales_as_codes_need_their_codes() -> None:
+    weight = other_kind((6, 40, 16), "int", GPTQ_V2, DoubleQuant())
+    with pytest.raises(ValueError, match="needs scale_codes"):
+        replace(weight, scale_codes=None).pack()
+
+
+def test_a_reader_of_the_specification_reads_version_2() -> None:
+    """docs/format.md, sections 3.1, 3.4 and 3.5, on numpy words."""
+    weight = other_kind((20, 96, 32), "nf4", GPTQ_V1, DoubleQuant(6, 8))
+    packed = {name: tensor.numpy() for name, tensor in weight.pack().tensors().items()}
+    words, codes = packed["qweight"].astype(np.uint32), packed["qscales"].astype(np.uint32)[:, None]
+    scales = np.zeros(60)
+    for i in range(60):
+        step, offset = packed["scale_steps"][i // 8], packed["scale_offsets"][i // 8]
+        scales[i] = np.float16(np.float32(field(codes, i, 6)[0]) * step + offset)
+    values = np.array(VALUES["nf4"], dtype=np.float32)
+    got = np.stack(
+        [values[field(words, k, 4)] * scales.reshape(20, 3)[:, k // 32] for k in range(96)], axis=1
+    )
+    assert np.allclose(got, weight.dequantize().numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from woq import codebooks
 from woq.configs import QuantConfig, config_from_dict
 from woq.errors import CheckpointError
-from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, WeightSpec
+from woq.scales import DoubleQuant
+from woq.weights import (
+    CODEBOOKS,
+    DATA_TYPES,
+    GPTQ_V1,
+    GPTQ_V2,
+    TENSORS,
+    DataType,
+    Layout,
+    PackedWeight,
+    WeightSpec,
+)
 
 CONFIG, QUANTIZE_CONFIG = "config.json", "quantize_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; written is the oldest that tells the truth
 GPTQ_BITS = (2, 3, 4, 8)  # widths that other readers of GPTQ folders know
 
 # safetensors' names of the dtypes that scales and everything unquantized may have
@@ -44,14 +57,16 @@ def quantization_dict(
     """The `quantization_config` of a folder.
 
     own_names: tensors have names that only this library knows (experts taken apart).
-    Where the layout is GPTQ's, all widths are common ones and all names the model's, it is a standard GPTQ config that other libraries read
-    (they ignore the key "woq"); else `quant_method` is "woq" and nobody else will mistake it.
-    Layers that differ from the folder's bits, group_size or sym stand in `dynamic` by exact name; so do linears
-    left in float, as GPTQModel and vLLM expect.
+    Where the layout is GPTQ's, all weights are whole numbers of common widths with plain scales, and all names the
+    model's, it is a standard GPTQ config that other libraries read (they ignore the key "woq"); else `quant_method` is
+    "woq" and nobody else will mistake it.
+    Layers that differ from the folder's bits, group_size, sym or data type stand in `dynamic` by exact name; so do
+    linears left in float, as GPTQModel and vLLM expect.
     """
     layout = next(iter(specs.values())).layout
     common = all(s.bits in GPTQ_BITS for s in specs.values())
-    standard = layout.packing == "gptq" and common and not own_names
+    plain = all(s.data_type == "int" and s.double_quant is None for s in specs.values())
+    standard = layout.packing == "gptq" and common and plain and not own_names
     form = ("gptq" if layout.zero_offset else "gptq_v2") if standard else f"woq_{layout.packing}"
     settings = config.to_dict()
     return {
@@ -68,27 +83,46 @@ def quantization_dict(
         "dynamic": _dynamic(config, specs, skipped),
         "provider": "woq",
         "woq": {
-            "version": FORMAT_VERSION,
+            "version": 1 if plain else 2,
             "packing": layout.packing,
             "zero_offset": layout.zero_offset,
             "compression_dtype": config.compression_dtype,
             "compression_dim": layout.compression_dim,
             "untied_head": untied_head,
+            **({} if plain else _beyond_version_1(specs)),
             "config": settings,
         },
     }
+
+
+def _beyond_version_1(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
+    """The data type that layers have where no rule says otherwise, and how scales are stored."""
+    double = next((s for s in specs.values() if s.double_quant is not None), None)
+    values: dict[str, Any] = {"data_type": _usual_type(specs)}
+    if double is not None and double.double_quant is not None:
+        dtype = str(double.scale_dtype).removeprefix("torch.")
+        values["double_quant"] = {**asdict(double.double_quant), "scale_dtype": dtype}
+    return values
+
+
+def _usual_type(specs: Mapping[str, WeightSpec]) -> DataType:
+    return Counter(s.data_type for s in specs.values()).most_common(1)[0][0]
 
 
 def _dynamic(
     config: QuantConfig, specs: Mapping[str, WeightSpec], skipped: Mapping[str, str]
 ) -> dict[str, Any]:
     rules: dict[str, Any] = {}
+    usual_type = _usual_type(specs)
     for name, spec in specs.items():
         whole_row = config.group_size == -1 or config.group_size > spec.in_features
         usual = spec.in_features if whole_row else config.group_size
-        if (spec.bits, spec.group_size, spec.sym) != (config.bits, usual, config.sym):
+        kind = (spec.bits, spec.group_size, spec.sym, spec.data_type)
+        if kind != (config.bits, usual, config.sym, usual_type):
             group_size = -1 if spec.group_size == spec.in_features else spec.group_size
-            rules[f"+:^{re.escape(name)}$"] = {"bits": spec.bits, "group_size": group_size, "sym": spec.sym}
+            rule = {"bits": spec.bits, "group_size": group_size, "sym": spec.sym}
+            own = {} if spec.data_type == usual_type else {"data_type": spec.data_type}
+            rules[f"+:^{re.escape(name)}$"] = {**rule, **own}
     for name in skipped:
         rules[f"-:^{re.escape(name)}$"] = {}
     return rules
@@ -100,6 +134,9 @@ class FolderFormat:
 
     raw: Mapping[str, Any]
     layout: Layout
+    data_type: str = "int"
+    double_quant: DoubleQuant | None = None
+    decoded_dtype: torch.dtype | None = None  # of scales that are stored as codes
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: Path) -> FolderFormat:
@@ -126,7 +163,11 @@ class FolderFormat:
                 f"{where}: quantization_config.woq is malformed: no object, or its config none"
             )
         _check_dynamic(raw, where)
-        return cls(raw, layout)
+        if (
+            raw.get("quant_method") != "woq"
+        ):  # a standard folder is what the standard says, whatever else it holds
+            return cls(raw, layout)
+        return cls(raw, layout, own.get("data_type", "int"), *_own_scales(own.get("double_quant"), where))
 
     @property
     def config(self) -> QuantConfig | None:
@@ -134,40 +175,48 @@ class FolderFormat:
         own = self.raw.get("woq")
         return config_from_dict(dict(own["config"])) if isinstance(own, Mapping) and "config" in own else None
 
-    def settings(self, name: str) -> tuple[int, int, bool]:
-        """(bits, group_size, sym) of layer `name`: the first matching rule of `dynamic` over the folder's own."""
+    def settings(self, name: str) -> tuple[int, int, bool, str]:
+        """(bits, group_size, sym, data type) of layer `name`: the first matching rule of `dynamic` over the folder's own."""
         chosen: dict[str, Any] = {key: self.raw.get(key) for key in ("bits", "group_size", "sym")}
+        chosen["data_type"] = self.data_type
         for rule, values in (self.raw.get("dynamic") or {}).items():
             if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
                 chosen.update(values)
                 break
         sym = chosen["sym"]
-        return int(chosen["bits"]), int(chosen["group_size"]), True if sym is None else bool(sym)
+        settings = int(chosen["bits"]), int(chosen["group_size"]), True if sym is None else bool(sym)
+        return *settings, str(chosen["data_type"])
 
     def spec(
         self, name: str, in_features: int, out_features: int, tensors: Mapping[str, TensorInfo]
     ) -> WeightSpec:
         """The spec of layer `name`, checked against the tensors' headers. Raises CheckpointError."""
-        bits, group_size, sym = self.settings(name)
+        bits, group_size, sym, data_type = self.settings(name)
         if not 2 <= bits <= 8 or not (group_size == -1 or group_size > 0):
             raise CheckpointError(f"layer {name!r}: bits {bits}, group_size {group_size} are out of range")
-        missing = {"qweight", "qzeros", "scales"} - tensors.keys()
-        if missing:
-            raise CheckpointError(f"layer {name!r}: {sorted(missing)} missing, found {sorted(tensors)}")
-        dtype = FLOATS.get(tensors["scales"].dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"layer {name!r}: scales are {tensors['scales'].dtype}, expected a float dtype"
-            )
-        return WeightSpec(
+        if data_type not in DATA_TYPES or (data_type in CODEBOOKS and bits != codebooks.BITS):
+            raise CheckpointError(f"layer {name!r}: data type {data_type!r} with {bits} bits is not known")
+        spec = WeightSpec(
             in_features=in_features,
             out_features=out_features,
             bits=bits,
             group_size=in_features if group_size == -1 else min(group_size, in_features),
             sym=sym,
-            scale_dtype=dtype,
             layout=self.layout,
+            data_type=data_type,
+            double_quant=self.double_quant if "qscales" in tensors else None,
         )
+        missing = spec.packed_shapes().keys() - tensors.keys() - {"g_idx"}
+        if missing:
+            raise CheckpointError(f"layer {name!r}: {sorted(missing)} missing, found {sorted(tensors)}")
+        if spec.double_quant is not None and self.decoded_dtype is not None:
+            return replace(spec, scale_dtype=self.decoded_dtype)
+        dtype = FLOATS.get(tensors["scales"].dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"layer {name!r}: scales are {tensors['scales'].dtype}, expected a float dtype"
+            )
+        return replace(spec, scale_dtype=dtype)
 
 
 def _check_dynamic(raw: Mapping[str, Any], where: Path) -> None:
@@ -179,6 +228,23 @@ def _check_dynamic(raw: Mapping[str, Any], where: Path) -> None:
                 raise TypeError(f"{rule!r}: bits and group_size must be integers, got {values!r}")
     except (AttributeError, TypeError, re.error) as error:
         raise CheckpointError(f"{where}: quantization_config.dynamic is malformed: {error}") from error
+
+
+def _own_scales(raw: Any, where: Path) -> tuple[DoubleQuant | None, torch.dtype | None]:
+    """How scales are stored as codes, and the dtype they decode to. Raises CheckpointError for what makes no sense."""
+    if raw is None:
+        return None, None
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    try:
+        how = DoubleQuant(int(raw["bits"]), int(raw["group_size"]), bool(raw["sym"]))
+        dtype = dtypes[raw["scale_dtype"]]
+        if not 2 <= how.bits <= 8 or not (how.group_size == -1 or how.group_size > 0):
+            raise ValueError(f"bits {how.bits}, group_size {how.group_size} are out of range")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: quantization_config.woq.double_quant is malformed: {error!r}"
+        ) from error
+    return how, dtype
 
 
 def _own_layout(own: Mapping[str, Any], where: Path) -> Layout:
@@ -279,7 +345,7 @@ class TensorFolder:
                     layer,
                     {
                         part: self.index[prefix + part]
-                        for part in ("qweight", "qzeros", "scales", "g_idx", "bias")
+                        for part in (*TENSORS, "bias")
                         if prefix + part in self.index
                     },
                 )
@@ -310,6 +376,9 @@ class TensorFolder:
                 )
             spec = replace(spec, desc_act=True)
         packed = PackedWeight.from_tensors(spec, tensors, name)
-        if not packed.scales.isfinite().all():
-            raise CheckpointError(f"layer {name!r}: scales hold NaN or infinity", hint="quantize it again")
+        for part, tensor in packed.tensors().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"layer {name!r}: {part} hold NaN or infinity", hint="quantize it again"
+                )
         return packed

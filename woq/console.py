@@ -65,6 +65,11 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
+def short_type(bits: int, data_type: str) -> str:
+    """A column of bits, the width alone where codes are whole numbers."""
+    return {"int": str(bits), "int_float_zeros": f"{bits}, float zeros"}.get(data_type, data_type)
+
+
 # --- what commands found ------------------------------------------------------------------------------------------
 
 
@@ -122,13 +127,18 @@ def print_folder(facts: Facts) -> None:
         columns = ("layers", "bits", "group", "", "scales", "g_idx", "size", "backend")
         kinds = [
             (
-                str(kind.layers), str(kind.bits), str(kind.group), "sym" if kind.sym else "asym", kind.scale_dtype,
+                str(kind.layers), short_type(kind.bits, kind.data_type), str(kind.group), "sym" if kind.sym else "asym", kind.scales,
                 "used" if kind.desc_act else "trivial", human(kind.bytes), kind.backend,
             )
             for kind in facts.kinds
         ]  # fmt: skip
         print_table(f"on {facts.runs_on}", columns, kinds)
-        print_reasons((f"{kind.bits} bit, group {kind.group}", kind.refused) for kind in facts.kinds)
+        print_reasons((_weights(kind), kind.refused) for kind in facts.kinds)
+
+
+def _weights(kind: Kind) -> str:
+    bit = " bit" if kind.data_type == "int" else ""
+    return f"{short_type(kind.bits, kind.data_type)}{bit}, group {kind.group}"
 
 
 def print_reasons(refusals: Iterable[tuple[str, Mapping[str, str]]]) -> None:
@@ -164,7 +174,7 @@ def print_selftest(lines: Sequence[Summary], failures: Sequence[Row]) -> None:
     columns = ("backend", "device", "dtype", "bits", "wrong", "error (allowed)", "ms")
     rows = [
         (
-            line.backend, line.device, line.dtype, str(line.bits), f"{line.failed} of {line.cases}",
+            line.backend, line.device, line.dtype, short_type(line.bits, line.data_type), f"{line.failed} of {line.cases}",
             f"{line.worst_error:.1e} ({line.tolerance:.0e})", f"{line.milliseconds:.2f}",
         )
         for line in lines

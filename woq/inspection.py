@@ -42,14 +42,15 @@ _OTHERS_BLOCK = 32  # other readers of GPTQ folders want both sides of a matrix 
 
 @dataclass
 class Kind:
-    """Quantized layers that are alike. group: features that share a scale, or "channel". bytes: of all their tensors
-    but the bias. refused: the backends made for this device that will not run them, with their reasons."""
+    """Quantized layers that are alike. group: features that share a scale, or "channel". scales: their dtype, and how
+    they are stored where that is not it. bytes: of all their tensors but the bias. refused: the backends made for this device that will not run them, with their reasons."""
 
     bits: int
+    data_type: str
     group: int | str
     sym: bool
     desc_act: bool
-    scale_dtype: str
+    scales: str
     backend: str
     refused: dict[str, str]
     layers: int = 0
@@ -150,9 +151,11 @@ def _count(
 ) -> None:
     refused, backend = refusals(spec, target), choose(spec, target).name
     group = "channel" if spec.groups == 1 else spec.group_size
-    dtype = str(spec.scale_dtype).removeprefix("torch.")
-    key = (spec.bits, group, spec.sym, spec.desc_act, dtype, backend, *refused.items())
-    kind = kinds.setdefault(key, Kind(spec.bits, group, spec.sym, spec.desc_act, dtype, backend, refused))
+    scales = str(spec.scale_dtype).removeprefix("torch.")
+    if spec.double_quant is not None:
+        scales += f" as {spec.double_quant.bits}-bit codes"
+    like = (spec.bits, spec.data_type, group, spec.sym, spec.desc_act, scales, backend)
+    kind = kinds.setdefault((*like, *refused.items()), Kind(*like, refused))
     kind.layers += 1
     kind.weights += spec.in_features * spec.out_features
     kind.bytes += sum(_bytes(info) for part, info in headers.items() if part != "bias")
@@ -163,8 +166,7 @@ def _count(
 
 def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: FolderFormat) -> list[str]:
     specs = {name: weight.spec for name, weight in packed.items()}
-    negative = [name for name, weight in packed.items() if bool((weight.scales < 0).any())]
-    unusual = [name for name, weight in packed.items() if not bool(torch.isfinite(weight.scales).all())]
+    negative = [name for name, weight in packed.items() if bool((weight.decoded_scales() < 0).any())]
     uneven = [n for n, s in specs.items() if s.in_features % _OTHERS_BLOCK or s.out_features % _OTHERS_BLOCK]
     short = [n for n, s in specs.items() if s.in_features % s.group_size]
     reordered = [n for n, s in specs.items() if s.desc_act]
@@ -172,7 +174,6 @@ def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: 
     odd_bits = sorted({s.bits for s in specs.values()} - set(GPTQ_BITS))
     widths = sorted({s.bits for s in specs.values()})
     found = [
-        (unusual, "hold scales that are not finite: the folder is damaged"),
         (
             uneven,
             f"have a side that is no multiple of {_OTHERS_BLOCK}: other readers of GPTQ folders refuse them",
@@ -191,6 +192,8 @@ def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: 
     told = [f"{_some(names)} {what}" for names, what in found if names]
     if odd_bits:
         told.append(f"{odd_bits} bits are no GPTQ widths: nothing but woq reads them")
+    elif any(s.data_type != "int" or s.double_quant for s in specs.values()):
+        told.append("codebooks, float zero points and scales stored as codes are read by woq only")
     elif facts.quant_method == "woq":
         told.append(f"the layout {form.layout.packing!r} with these words is read by woq only")
     if facts.checkpoint_format == "gptq_v2":

@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        kind = "sym" if spec.sym else "asym"
+        kind = ("sym" if spec.sym else "asym") if spec.data_type == "int" else spec.data_type
         return (
             f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, {kind}, "
             f"backend={self.backend or self.requested_backend}"

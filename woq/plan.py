@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from woq.blocks import Linear, linears, weight_of
-from woq.configs import LayerSettings, QuantConfig
+from woq.configs import LayerSettings, QuantConfig, RtnConfig
 from woq.errors import ConfigError, QuantizationError
 from woq.moe import is_fused_experts
-from woq.weights import GPTQ_V1, GPTQ_V2, Layout, WeightSpec
+from woq.scales import DoubleQuant
+from woq.weights import GPTQ_V1, GPTQ_V2, DataType, Layout, WeightSpec
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -143,8 +144,21 @@ def _plan_linear(
         sym=settings.sym,
         desc_act=config.run_time_order and group_size < in_features,
         scale_dtype=DTYPES[config.scale_dtype],
+        data_type=_data_type(config, settings),
+        double_quant=_double_quant(config),
     )
     return True
+
+
+def _data_type(config: QuantConfig, settings: LayerSettings) -> DataType:
+    float_zeros = isinstance(config, RtnConfig) and config.float_zeros and not settings.sym
+    return "int_float_zeros" if float_zeros else settings.weight_dtype
+
+
+def _double_quant(config: QuantConfig) -> DoubleQuant | None:
+    if not isinstance(config, RtnConfig) or not config.double_quant:
+        return None
+    return DoubleQuant(config.double_quant_bits, config.double_quant_group_size, config.double_quant_sym)
 
 
 def _smaller_group(group_size: int, in_features: int) -> int:

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from woq import codebooks
+
 Search = Literal["minmax", "mse"]
 
 # Elements a search works on at once, candidates included: they and their temporaries stay in a core's cache (CPU), or
@@ -81,7 +83,7 @@ def group_params(
     flat = w.reshape(-1, w.shape[-1])
     costs = None if importance is None else importance.expand_as(w).reshape(flat.shape)
     candidates = len(_factors(bits, sym, search))
-    rows = max(1, _CHUNK.get(w.device.type, _CHUNK_ACCELERATOR) // (w.shape[-1] * candidates))
+    rows = _rows_at_once(w, candidates)
     scales, zeros = [], []
     for start in range(0, len(flat), rows):
         chunk = flat[start : start + rows]
@@ -96,6 +98,44 @@ def group_params(
     return torch.cat(scales).view(w.shape[:-1]), torch.cat(zeros).view(w.shape[:-1])
 
 
+def codebook_scales(
+    w: Tensor,
+    data_type: str,
+    scale_dtype: torch.dtype,
+    search: Search = "mse",
+    importance: Tensor | None = None,
+) -> Tensor:
+    """Scale of every group for codes out of a table (woq/codebooks.py); arguments and result as of `group_params`."""
+    flat = w.reshape(-1, w.shape[-1])
+    costs = None if importance is None else importance.expand_as(w).reshape(flat.shape)
+    shares = [1.0] if search == "minmax" else _shares(codebooks.BITS)
+    if search != "minmax" and not codebooks.is_mirrored(data_type):
+        shares += [-share for share in shares]
+    factors = w.new_tensor(shares).view(-1, 1, 1) / codebooks.largest(data_type)
+    rows = _rows_at_once(w, len(shares))
+    scales = []
+    for start in range(0, len(flat), rows):
+        chunk = flat[start : start + rows]
+        scale = storable_scale(_absmax(chunk) * factors, scale_dtype)
+        if len(shares) > 1:
+            codes = codebooks.nearest(chunk / scale, data_type)
+            error = (codebooks.table(data_type, w)[codes] * scale).sub_(chunk).square_()
+            best = _least(error, None if costs is None else costs[start : start + rows])
+            scale = scale.gather(0, best)
+        scales.append(scale[0, :, 0])
+    return torch.cat(scales).view(w.shape[:-1])
+
+
+def _rows_at_once(w: Tensor, candidates: int) -> int:
+    return max(1, _CHUNK.get(w.device.type, _CHUNK_ACCELERATOR) // (w.shape[-1] * candidates))
+
+
+def _shares(bits: int) -> list[float]:
+    """Shares of the full range, the whole first."""
+    deepest = _DEEPEST.get(bits, 0.75)
+    return [1.0 - (1.0 - deepest) * i / (_STEPS - 1) for i in range(_STEPS)]
+
+
 def _factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
     """The ranges to try, as shares of a group's own (low, high) end; the full range first.
 
@@ -103,8 +143,7 @@ def _factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
     """
     if search == "minmax":
         return [(1.0, 1.0)]
-    deepest = _DEEPEST.get(bits, 0.75)
-    shares = [1.0 - (1.0 - deepest) * i / (_STEPS - 1) for i in range(_STEPS)]
+    shares = _shares(bits)
     both = [(share, share) for share in shares]
     if sym:
         return both + [(-share, -share) for share in shares]
@@ -114,10 +153,14 @@ def _factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
 
 def _symmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero [C, R, 1] of every candidate for w [R, gs]; an all-zero group gets scales as if its range were 1."""
-    absmax = w.abs().amax(-1, keepdim=True)
-    absmax = torch.where(absmax == 0, torch.ones_like(absmax), absmax)
-    scale = storable_scale(absmax * (factors[:, :1, None] * (2 / ((1 << bits) - 1))), scale_dtype)
+    scale = storable_scale(_absmax(w) * (factors[:, :1, None] * (2 / ((1 << bits) - 1))), scale_dtype)
     return scale, torch.full_like(scale, 1 << (bits - 1))
+
+
+def _absmax(w: Tensor) -> Tensor:
+    """[R, 1]; 1 for a group of zeros."""
+    absmax = w.abs().amax(-1, keepdim=True)
+    return torch.where(absmax == 0, torch.ones_like(absmax), absmax)
 
 
 def _asymmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +177,11 @@ def _asymmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor)
 
 def _least_error(w: Tensor, scale: Tensor, zero: Tensor, bits: int, costs: Tensor | None) -> Tensor:
     """int64 [1, R, 1]: for each row of w the candidate with the smallest squared error, the first of equals."""
-    error = dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).square_()
+    return _least(dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).square_(), costs)
+
+
+def _least(error: Tensor, costs: Tensor | None) -> Tensor:
+    """int64 [1, R, 1]: for each row of squared errors [C, R, gs] the candidate whose sum is smallest."""
     if costs is not None:
         error.mul_(costs)
     return error.sum(-1, keepdim=True).argmin(0, keepdim=True)

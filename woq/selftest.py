@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from woq.backends import BACKENDS, load, why_not
 from woq.backends.base import Target
 from woq.device import available_devices
 from woq.doctor import DTYPES, diagnose
-from woq.weights import GPTQ_V1, GPTQ_V2, QuantizedWeight, WeightSpec
+from woq.scales import DoubleQuant, encode
+from woq.weights import CODEBOOKS, GPTQ_V1, GPTQ_V2, QuantizedWeight, WeightSpec
 
 IN_FEATURES, OUT_FEATURES = 512, 80
 GROUPS = (32, 128, IN_FEATURES)
@@ -35,11 +36,13 @@ class Row:
     backend: str
     device: str
     dtype: str
+    data_type: str
     bits: int
     group_size: int
     sym: bool
     desc_act: bool
     scale_dtype: str
+    double_quant: bool
     tokens: int
     error: float
     tolerance: float
@@ -53,17 +56,23 @@ class Row:
 
 
 def grid() -> list[WeightSpec]:
-    """Every width, group, symmetry and order; scales in float16 and in bfloat16."""
+    """Every width, group, symmetry and order, scales in float16 and in bfloat16; every other data type; scales as codes."""
     choices = itertools.product(
         range(2, 9), GROUPS, (True, False), (False, True), (torch.float16, torch.bfloat16)
     )
-    return [
+    whole = [
         WeightSpec(
             IN_FEATURES, OUT_FEATURES, bits, group, sym, desc_act, scale_dtype, GPTQ_V1 if sym else GPTQ_V2
         )
         for bits, group, sym, desc_act, scale_dtype in choices
         if not (desc_act and group == IN_FEATURES)  # one group has no order
     ]
+    plain = [s for s in whole if not s.desc_act and s.scale_dtype == torch.float16]
+    floats = [replace(s, data_type="int_float_zeros") for s in plain if not s.sym]
+    of_4_bits = [s for s in plain if s.bits == 4]
+    books = [replace(s, data_type=name) for s in of_4_bits if s.sym for name in CODEBOOKS]
+    coded = [replace(s, double_quant=DoubleQuant()) for s in (*of_4_bits, *books)]
+    return whole + floats + books + coded
 
 
 def targets() -> list[Target]:
@@ -94,14 +103,18 @@ def sample(spec: WeightSpec) -> QuantizedWeight:
     spread = 0 if spec.sym else max(1, middle // 8)
     codes = torch.randint(0, 2 * middle, (n, k), generator=g)
     zeros = middle + torch.randint(-spread, spread + 1, (n, spec.groups), generator=g)
-    scales = (torch.rand(n, spec.groups, generator=g) + 0.5) / middle
+    scales = ((torch.rand(n, spec.groups, generator=g) + 0.5) / middle).to(spec.scale_dtype)
     order = torch.randperm(k, generator=g).div(spec.group_size, rounding_mode="floor").to(torch.int32)
+    if spec.data_type == "int_float_zeros":
+        zeros = (zeros + torch.rand(n, spec.groups, generator=g)).to(spec.scale_dtype)
+    else:
+        zeros = (zeros * (not spec.is_codebook)).to(torch.uint8)
+    coded = None
+    if spec.double_quant is not None:
+        coded = encode(scales, spec.double_quant)
+        scales = coded.decode(spec.double_quant, spec.scale_dtype)
     return QuantizedWeight(
-        spec,
-        codes.to(torch.uint8),
-        scales.to(spec.scale_dtype),
-        zeros.to(torch.uint8),
-        order if spec.desc_act else None,
+        spec, codes.to(torch.uint8), scales, zeros, order if spec.desc_act else None, coded
     )
 
 
@@ -127,11 +140,13 @@ def _run(name: str, weight: QuantizedWeight, target: Target) -> list[Row]:
                 name,
                 str(target.device),
                 _short(target.dtype),
+                spec.data_type,
                 spec.bits,
                 spec.group_size,
                 spec.sym,
                 spec.desc_act,
                 _short(spec.scale_dtype),
+                spec.double_quant is not None,
                 tokens,
                 error,
                 TOLERANCE[target.dtype],
@@ -152,11 +167,12 @@ def _short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """All products of one backend, device, dtype and width."""
+    """All products of one backend, device, dtype, data type and width."""
 
     backend: str
     device: str
     dtype: str
+    data_type: str
     bits: int
     cases: int
     failed: int
@@ -166,10 +182,10 @@ class Summary:
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """One line for each backend, device, dtype and width: cases, failures, the worst error, the median time."""
-    kinds: dict[tuple[str, str, str, int], list[Row]] = {}
+    """One line for each backend, device, dtype, data type and width: cases, failures, the worst error, the median time."""
+    kinds: dict[tuple[str, str, str, str, int], list[Row]] = {}
     for row in rows:
-        kinds.setdefault((row.backend, row.device, row.dtype, row.bits), []).append(row)
+        kinds.setdefault((row.backend, row.device, row.dtype, row.data_type, row.bits), []).append(row)
     return [
         Summary(
             *kind,

@@ -3,24 +3,35 @@
 `QuantizedWeight` is what an algorithm returns: one byte per code, easy to compute with, the same for every layout.
 `PackedWeight` is what stands in a checkpoint. Everything else in the package handles one of the two.
 
-    W[n, k] = scales[n, g(k)] * (codes[n, k] - zeros[n, g(k)])          codes and zeros unsigned, 0 .. 2^bits-1
+    W[n, k] = scales[n, g(k)] * (value(codes[n, k]) - zeros[n, g(k)])
 
-with g(k) = k // group_size, or g_idx[k] where GPTQ's activation order (`desc_act`) assigned the groups.
+with g(k) = k // group_size, or g_idx[k] where GPTQ's activation order (`desc_act`) assigned the groups. The data type
+says what a code and a zero point are:
+
+    "int"               value(c) = c; zeros are whole numbers 0 .. 2^bits-1
+    "int_float_zeros"   value(c) = c; zeros are floats in the dtype of the scales (HQQ)
+    "nf4", "fp4", "fp4_e2m1"    value(c) is looked up in a table (woq/codebooks.py); there are no zero points
+
+Scales may be stored as codes themselves (`double_quant`, woq/scales.py): a matter of storage that `unpack` undoes.
 Layouts are specified in docs/format.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from woq import packing
+from woq import codebooks, packing
 from woq.errors import CheckpointError
+from woq.scales import DoubleQuant, ScaleCodes
 
 Packing = Literal["gptq", "inc_plain"]
+DataType = Literal["int", "int_float_zeros", "nf4", "fp4", "fp4_e2m1"]
+DATA_TYPES: tuple[DataType, ...] = get_args(DataType)
+CODEBOOKS = tuple(name for name in DATA_TYPES if name in codebooks.VALUES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,9 @@ class WeightSpec:
     """All that must be known of a quantized linear to allocate it, check it, and pick a backend for it.
 
     group_size is resolved: 1 .. in_features, never -1. A group size that does not divide in_features leaves a
-    short last group. `desc_act` says that a g_idx is present and is not k // group_size.
+    short last group. `desc_act` says that a g_idx is present and is not k // group_size. `sym`: every zero point is
+    2^(bits-1), or there is none (codebooks). `scale_dtype` is that of the scales one computes with, stored as they are
+    or as `double_quant` says.
     """
 
     in_features: int
@@ -61,6 +74,13 @@ class WeightSpec:
     desc_act: bool = False
     scale_dtype: torch.dtype = torch.float16
     layout: Layout = field(default=GPTQ_V2)
+    data_type: DataType = "int"
+    double_quant: DoubleQuant | None = None
+
+    @property
+    def is_codebook(self) -> bool:
+        """Whether codes are looked up in a table."""
+        return self.data_type in CODEBOOKS
 
     @property
     def groups(self) -> int:
@@ -69,39 +89,56 @@ class WeightSpec:
 
     def packed_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor a checkpoint must hold for this weight (bias aside)."""
-        n, k, g, lay = self.out_features, self.in_features, self.groups, self.layout
-        if lay.packing == "gptq":
-            return {
-                "qweight": ((packing.dense_words(k, self.bits), n), torch.int32),
-                "qzeros": ((g, packing.dense_words(n, self.bits)), torch.int32),
-                "scales": ((g, n), self.scale_dtype),
-                "g_idx": ((k,), torch.int32),
-            }
-        word = lay.compression_dtype
-        if lay.compression_dim == 1:
-            weight = (n, packing.floor_words(k, self.bits, word))
-            zeros = (n, packing.floor_words(g, self.bits, word))
-        else:
-            rows = packing.floor_words(n, self.bits, word)
-            weight, zeros = (rows, k), (rows, g)
+        n, k, lay = self.out_features, self.in_features, self.layout
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
-        shapes = {
-            "qweight": (weight, word),
-            "qzeros": (zeros, word),
-            "scales": ((n, g), self.scale_dtype),
-        }
-        if self.desc_act:
+        if lay.packing == "gptq":
+            shapes = {"qweight": ((packing.dense_words(k, self.bits), n), torch.int32)}
+        elif lay.compression_dim == 1:
+            word = lay.compression_dtype
+            shapes = {"qweight": ((n, packing.floor_words(k, self.bits, word)), word)}
+        else:
+            word = lay.compression_dtype
+            shapes = {"qweight": ((packing.floor_words(n, self.bits, word), k), word)}
+        shapes |= self._zero_shapes() | self._scale_shapes()
+        if self.desc_act or lay.packing == "gptq":
             shapes["g_idx"] = ((k,), torch.int32)
         return shapes
+
+    def _zero_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, g, lay = self.out_features, self.groups, self.layout
+        if self.is_codebook:
+            return {}
+        if self.data_type == "int_float_zeros":
+            return {"zeros": ((g, n) if lay.packing == "gptq" else (n, g), self.scale_dtype)}
+        if lay.packing == "gptq":
+            return {"qzeros": ((g, packing.dense_words(n, self.bits)), torch.int32)}
+        word = lay.compression_dtype
+        if lay.compression_dim == 1:
+            return {"qzeros": ((n, packing.floor_words(g, self.bits, word)), word)}
+        return {"qzeros": ((packing.floor_words(n, self.bits, word), g), word)}
+
+    def _scale_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, g, double = self.out_features, self.groups, self.double_quant
+        if double is None:
+            return {"scales": ((g, n) if self.layout.packing == "gptq" else (n, g), self.scale_dtype)}
+        runs = (double.groups(n * g),)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "qscales": ((packing.dense_words(n * g, double.bits),), torch.int32),
+            "scale_steps": (runs, torch.float32),
+        }
+        return shapes if double.sym else shapes | {"scale_offsets": (runs, torch.float32)}
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """Integer codes with their scales and zero points: one linear's weight, independent of device and layout.
+    """Codes with their scales and zero points: one linear's weight, independent of device and layout.
 
-    codes:  uint8 [N, K], 0 .. 2^bits-1      zeros: uint8 [N, G], 0 .. 2^bits-1
-    scales: float [N, G] in the dtype they are stored in (round before computing codes); may be negative
+    codes:  uint8 [N, K], 0 .. 2^bits-1
+    scales: float [N, G] in `spec.scale_dtype`, as they will be read (round before computing codes); may be negative
+    zeros:  uint8 [N, G], 0 .. 2^bits-1; float [N, G] in `spec.scale_dtype` where the data type has float zeros; for a
+            codebook uint8 and all 0, and not stored
     g_idx:  int32 [K], the group of each input feature, or None for k // group_size
+    scale_codes: what is stored of the scales where `spec.double_quant` is set: `scales` is what it decodes to
     """
 
     spec: WeightSpec
@@ -109,6 +146,7 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor | None = None
+    scale_codes: ScaleCodes | None = None
 
     def groups_of_inputs(self) -> Tensor:
         """int64 [K]: the group of every input feature."""
@@ -119,54 +157,76 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [N, K]. Computed in float32, rounded once to `dtype`."""
         spec = self.spec
+        if spec.is_codebook:
+            values = codebooks.table(spec.data_type, self.codes)[self.codes.to(torch.int32)]
+        else:
+            values = self.codes.float()
         if self.g_idx is None and spec.in_features % spec.group_size == 0:
-            codes = self.codes.view(spec.out_features, spec.groups, spec.group_size)
+            values = values.view(spec.out_features, spec.groups, spec.group_size)
             scales, zeros = self.scales.float().unsqueeze(-1), self.zeros.unsqueeze(-1)
         else:
             g = self.groups_of_inputs()
-            codes, scales, zeros = self.codes, self.scales.float()[:, g], self.zeros[:, g]
-        weight = (codes.float() - zeros.float()) * scales
+            scales, zeros = self.scales.float()[:, g], self.zeros[:, g]
+        weight = (values - zeros.float()) * scales
         return weight.reshape(spec.out_features, spec.in_features).to(dtype)
 
     def pack(self) -> PackedWeight:
         """Lay the weight out as `spec.layout` says."""
-        spec, lay = self.spec, self.spec.layout
-        g_idx: Tensor | None
-        stored_zeros = (self.zeros.to(torch.int16) - lay.zero_offset).bitwise_and_((1 << spec.bits) - 1)
-        if lay.packing == "gptq":
-            qweight = packing.pack_dense(self.codes.t(), spec.bits)
-            qzeros = packing.pack_dense(stored_zeros, spec.bits).t()  # along N: rows of [N, G], then turned
-            scales = self.scales.t()
-            g_idx = self.groups_of_inputs().to(torch.int32)  # always written: readers disagree on its absence
-        else:
-            qweight, qzeros = (self._pack_plain(t) for t in (self.codes, stored_zeros))
-            scales = self.scales
-            # A layer that was to be ordered but was not (a fallback) still has the tensor its spec promises.
-            g_idx = self.groups_of_inputs().to(torch.int32) if spec.desc_act else None
-        return PackedWeight(
-            spec=spec,
-            qweight=qweight.contiguous(),
-            qzeros=qzeros.contiguous(),
-            scales=scales.to(spec.scale_dtype).contiguous(),
-            g_idx=g_idx,
-        )
+        spec = self.spec
+        tensors = {"qweight": self._pack_codes(self.codes)} | self._pack_zeros() | self._pack_scales()
+        # GPTQ readers disagree on a missing g_idx. And a layer that was to be ordered but was not (a fallback) still
+        # has the tensor its spec promises.
+        if spec.desc_act or spec.layout.packing == "gptq":
+            tensors["g_idx"] = self.groups_of_inputs().to(torch.int32)
+        return PackedWeight(spec, **{name: tensor.contiguous() for name, tensor in tensors.items()})
 
-    def _pack_plain(self, codes: Tensor) -> Tensor:
-        lay = self.spec.layout
+    def _pack_codes(self, codes: Tensor) -> Tensor:
+        spec, lay = self.spec, self.spec.layout
+        if lay.packing == "gptq":
+            return packing.pack_dense(codes.t(), spec.bits)
         if lay.compression_dim == 1:
-            return packing.pack_floor(codes, self.spec.bits, lay.compression_dtype)
-        return packing.pack_floor(codes.t(), self.spec.bits, lay.compression_dtype).t()
+            return packing.pack_floor(codes, spec.bits, lay.compression_dtype)
+        return packing.pack_floor(codes.t(), spec.bits, lay.compression_dtype).t()
+
+    def _pack_zeros(self) -> dict[str, Tensor]:
+        spec, lay = self.spec, self.spec.layout
+        if spec.is_codebook:
+            return {}
+        if spec.data_type == "int_float_zeros":
+            zeros = self.zeros.to(spec.scale_dtype)
+            return {"zeros": zeros.t() if lay.packing == "gptq" else zeros}
+        stored = (self.zeros.to(torch.int16) - lay.zero_offset).bitwise_and_((1 << spec.bits) - 1)
+        if lay.packing == "gptq":
+            return {
+                "qzeros": packing.pack_dense(stored, spec.bits).t()
+            }  # along N: rows of [N, G], then turned
+        return {"qzeros": self._pack_codes(stored)}
+
+    def _pack_scales(self) -> dict[str, Tensor]:
+        spec, coded = self.spec, self.scale_codes
+        if spec.double_quant is None:
+            scales = self.scales.to(spec.scale_dtype)
+            return {"scales": scales.t() if spec.layout.packing == "gptq" else scales}
+        if coded is None:
+            raise ValueError("a weight whose spec has double_quant needs scale_codes")
+        words = packing.pack_dense(coded.codes.reshape(-1, 1), spec.double_quant.bits).flatten()
+        parts = {"qscales": words, "scale_steps": coded.steps}
+        return parts if coded.offsets is None else parts | {"scale_offsets": coded.offsets}
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight as it stands in a checkpoint; `spec.packed_shapes()` gives each tensor's shape and dtype."""
+    """A weight as it stands in a checkpoint; `spec.packed_shapes()` says which tensors it has, their shapes and dtypes."""
 
     spec: WeightSpec
     qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
+    qzeros: Tensor | None = None
+    scales: Tensor | None = None
     g_idx: Tensor | None = None
+    zeros: Tensor | None = None
+    qscales: Tensor | None = None
+    scale_steps: Tensor | None = None
+    scale_offsets: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: dict[str, Tensor], name: str) -> PackedWeight:
@@ -188,7 +248,7 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names in a checkpoint."""
-        named = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales, "g_idx": self.g_idx}
+        named = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -197,26 +257,63 @@ class PackedWeight:
 
     def unpack(self) -> QuantizedWeight:
         """Codes, scales and zero points, whatever the layout. g_idx is dropped where it says k // group_size."""
-        spec, lay = self.spec, self.spec.layout
-        n, k, g = spec.out_features, spec.in_features, spec.groups
-        if lay.packing == "gptq":
-            codes = packing.unpack_dense(self.qweight, spec.bits, k).t()
-            stored_zeros = packing.unpack_dense(self.qzeros.t(), spec.bits, n)
-            scales = self.scales.t()
-        else:
-            codes, stored_zeros = self._unpack_plain(self.qweight, k), self._unpack_plain(self.qzeros, g)
-            scales = self.scales
-        zeros = (stored_zeros + lay.zero_offset).bitwise_and_((1 << spec.bits) - 1)
+        spec, coded = self.spec, self._scale_codes()
         return QuantizedWeight(
             spec=spec,
-            codes=codes.contiguous(),
-            scales=scales.contiguous(),
-            zeros=zeros.contiguous(),
+            codes=self._unpack_codes(self.qweight, spec.in_features).contiguous(),
+            scales=self.decoded_scales().contiguous(),
+            zeros=self._unpack_zeros().contiguous(),
             g_idx=self.g_idx if spec.desc_act else None,
+            scale_codes=coded,
         )
 
-    def _unpack_plain(self, words: Tensor, columns: int) -> Tensor:
+    def decoded_scales(self) -> Tensor:
+        """The scales [N, G] in `spec.scale_dtype`, however they are stored."""
+        spec, coded = self.spec, self._scale_codes()
+        if coded is not None and spec.double_quant is not None:
+            return coded.decode(spec.double_quant, spec.scale_dtype)
+        scales = _present(self.scales)
+        return scales.t() if spec.layout.packing == "gptq" else scales
+
+    def _scale_codes(self) -> ScaleCodes | None:
+        spec, double = self.spec, self.spec.double_quant
+        if double is None:
+            return None
+        count = spec.out_features * spec.groups
+        codes = packing.unpack_dense(_present(self.qscales).unsqueeze(1), double.bits, count)
+        return ScaleCodes(
+            codes.view(spec.out_features, spec.groups), _present(self.scale_steps), self.scale_offsets
+        )
+
+    def _unpack_codes(self, words: Tensor, columns: int) -> Tensor:
         spec = self.spec
+        if spec.layout.packing == "gptq":
+            return packing.unpack_dense(words, spec.bits, columns).t()
         if spec.layout.compression_dim == 1:
             return packing.unpack_floor(words, spec.bits, columns)
         return packing.unpack_floor(words.t().contiguous(), spec.bits, spec.out_features).t()
+
+    def _unpack_zeros(self) -> Tensor:
+        spec, lay = self.spec, self.spec.layout
+        if spec.is_codebook:
+            shape = (spec.out_features, spec.groups)
+            return torch.zeros(shape, dtype=torch.uint8, device=self.qweight.device)
+        if spec.data_type == "int_float_zeros":
+            zeros = _present(self.zeros)
+            return zeros.t() if lay.packing == "gptq" else zeros
+        words = _present(self.qzeros)
+        if lay.packing == "gptq":
+            stored = packing.unpack_dense(words.t(), spec.bits, spec.out_features)
+        else:
+            stored = self._unpack_codes(words, spec.groups)
+        return (stored + lay.zero_offset).bitwise_and_((1 << spec.bits) - 1)
+
+
+TENSORS = tuple(f.name for f in fields(PackedWeight) if f.name != "spec")
+"""Every name that a tensor of a quantized layer may have in a checkpoint, the bias aside."""
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    """`from_tensors` has checked that a weight holds what its spec says."""
+    assert tensor is not None
+    return tensor

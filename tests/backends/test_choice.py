@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from woq.backends import BACKENDS, Entry, choose, load, refusals, why_not
 from woq.backends.base import Backend, Target
 from woq.errors import BackendError
-from woq.weights import WeightSpec
+from woq.weights import DATA_TYPES, DataType, WeightSpec
 
 SPEC = WeightSpec(64, 16, 4, 32, True)
 BF16 = Target(torch.device("cpu"), torch.bfloat16)
@@ -49,7 +51,7 @@ def test_some_are_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_that_cannot_is_refused_with_its_reason() -> None:
     with pytest.raises(
-        BackendError, match=r"16x64, 4 bits, group 32, torch\.float32 on cpu: cpu: .*bfloat16 only"
+        BackendError, match=r"16x64, 4 bits \(int\), group 32, torch\.float32 on cpu: cpu: .*bfloat16 only"
     ) as error:
         choose(SPEC, FP32, "cpu")
     assert error.value.hint is not None
@@ -81,3 +83,16 @@ def test_another_devices_backend_is_refused_without_importing_it() -> None:
 def test_refusals_are_those_of_this_device() -> None:
     assert refusals(SPEC, BF16) == {}
     assert list(refusals(SPEC, FP32)) == ["cpu"]
+
+
+@pytest.mark.parametrize("data_type", DATA_TYPES)
+def test_a_data_type_runs_only_where_it_is_computed(data_type: DataType) -> None:
+    """Codes of a codebook look like any others: a backend that takes them for numbers would answer garbage."""
+    spec = replace(SPEC, sym=data_type != "int_float_zeros", data_type=data_type)
+    for entry in BACKENDS:
+        device = torch.device("cpu" if entry.devices is None else entry.devices[0])
+        reason = why_not(entry.name, spec, Target(device, torch.bfloat16))
+        if data_type not in load(entry.name).data_types:
+            assert reason is not None and f"weights, not {data_type}" in reason
+    assert choose(spec, FP32).name == "reference"
+    assert choose(spec, BF16).name == ("cpu" if data_type in ("int", "int_float_zeros") else "reference")

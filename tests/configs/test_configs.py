@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "lr": 0.5,
     "search": "minmax",
     "full_range": True,
+    "float_zeros": True,
     "double_quant": True,
     "double_quant_bits": 6,
     "double_quant_group_size": 8,
@@ -80,6 +81,7 @@ OTHER: dict[str, Any] = {
     "compile": True,
 }
 FIXED = {"quant_method", "group_dim", "weight_dtype"}  # one value only, or (weight_dtype) one in most classes
+NEEDED = {"float_zeros": {"sym": False}}  # fields without which another is refused
 FREE = {"dataset", "tokenizer"}  # any object; what they hold is judged by whoever reads it
 FIELDS = [(cls, name) for cls in CONFIGS.values() for name in cls.model_fields]
 SETTABLE = [(cls, name) for cls, name in FIELDS if name not in FIXED]
@@ -96,7 +98,7 @@ def test_registry_and_exports() -> None:
 
 @pytest.mark.parametrize(("cls", "name"), SETTABLE)
 def test_every_field_is_kept_shown_as_a_difference_and_restored(cls: type[QuantConfig], name: str) -> None:
-    config = cls(**{name: OTHER[name]})
+    config = cls(**{name: OTHER[name], **NEEDED.get(name, {})})
     assert getattr(config, name) != getattr(cls(), name)
     assert name in config.to_diff_dict()
     assert cls.from_dict(config.to_diff_dict()) == cls.from_json(config.to_json_string()) == config
@@ -189,6 +191,19 @@ def test_unknown_key_names_the_closest(cls: type[QuantConfig], key: str, hint: s
             "allowed: packing='gptq' with compression_dtype",
         ),
         (RtnConfig, {"weight_dtype": "nf4", "bits": 3}, "weight_dtype='nf4' with bits=3 .* allowed: bits=4"),
+        (
+            RtnConfig,
+            {"weight_dtype": "nf4", "sym": False},
+            "weight_dtype='nf4' with sym=False .* no zero points",
+        ),
+        (
+            RtnConfig,
+            {"weight_dtype": "nf4", "overrides": {"a": {"bits": 8}}},
+            "overrides\\['a'\\]: weight_dtype='nf4' with bits=8 .* or weight_dtype='int'",
+        ),
+        (RtnConfig, {"float_zeros": True}, "float_zeros=True with sym=True .* allowed: sym=False"),
+        (RtnConfig, {"full_range": True, "sym": False}, "full_range=True with sym=False"),
+        (RtnConfig, {"full_range": True, "weight_dtype": "fp4"}, "full_range=True with weight_dtype='fp4'"),
         (RtnConfig, {"weight_dtype": "int8", "bits": 4}, "weight_dtype='int8' contradicts bits=4"),
         (GPTQConfig, {"weight_dtype": "nf4"}, "weight_dtype='nf4' is not possible; allowed: 'int'"),
         (GPTQConfig, {"desc_act": True, "act_group_aware": True}, "desc_act=True with act_group_aware=True"),

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.blocks import linears, weight_of, write_back
+from woq.codebooks import nearest
 from woq.configs import RtnConfig
 from woq.errors import ConfigError
-from woq.quant import Search, group_params, quantize
+from woq.quant import Search, codebook_scales, group_params, quantize
 from woq.replay import BlockInputs
+from woq.scales import encode
 from woq.weights import QuantizedWeight, WeightSpec
 
 
@@ -28,14 +30,27 @@ def round_to_nearest(
     """
     fill = spec.groups * spec.group_size - spec.in_features
     grouped = F.pad(weight, (0, fill)).view(spec.out_features, spec.groups, spec.group_size)
-    weights = None if importance is None else F.pad(importance, (0, fill)).view(spec.groups, spec.group_size)
-    scales, zeros = group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, weights)
-    codes = quantize(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec.bits)
+    costs = None if importance is None else F.pad(importance, (0, fill)).view(spec.groups, spec.group_size)
+    coded = None
+    if spec.is_codebook:
+        scales, zeros = codebook_scales(grouped, spec.data_type, spec.scale_dtype, search, costs), None
+    else:
+        scales, zeros = group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, costs)
+    if spec.double_quant is not None:  # codes are computed for the scales as they will be read
+        coded = encode(scales, spec.double_quant)
+        scales = coded.decode(spec.double_quant, spec.scale_dtype).float()
+    divisor = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
+    if zeros is None:
+        codes = nearest(grouped / divisor, spec.data_type)
+        zeros = torch.zeros_like(scales)
+    else:
+        codes = quantize(grouped, divisor, zeros.unsqueeze(-1), spec.bits)
     return QuantizedWeight(
         spec=spec,
         codes=codes.view(spec.out_features, -1)[:, : spec.in_features].to(torch.uint8),
         scales=scales.to(spec.scale_dtype),
         zeros=zeros.to(torch.uint8),
+        scale_codes=coded,
     )
 
 
@@ -48,15 +63,14 @@ class Rtn(Algorithm[RtnConfig]):
         super().__init__(config)
         asked = {
             "search": config.search == "hqq",
-            "weight_dtype": config.weight_dtype != "int",
-            "double_quant": config.double_quant,
+            "float_zeros": config.float_zeros,
             "full_range": config.full_range,
         }
         for field, unknown in asked.items():
             if unknown:
                 raise ConfigError(
                     f"RtnConfig.{field}={getattr(config, field)!r} is not implemented yet",
-                    hint="integer codes with search 'minmax' or 'mse'",
+                    hint="search 'minmax' or 'mse'",
                 )
         self.search: Search = "minmax" if config.search == "minmax" else "mse"
 

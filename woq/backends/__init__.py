@@ -53,7 +53,10 @@ def why_not(name: str, spec: WeightSpec, target: Target) -> str | None:
     entry = next((e for e in BACKENDS if e.name == name), None)
     if entry is not None and entry.devices is not None and target.device.type not in entry.devices:
         return f"runs on {' and '.join(entry.devices)}, not on {target.device.type}"
-    return load(name).why_not(spec, target)
+    backend = load(name)
+    if spec.data_type not in backend.data_types:
+        return f"computes {' and '.join(backend.data_types)} weights, not {spec.data_type}"
+    return backend.why_not(spec, target)
 
 
 def _automatic() -> list[Entry]:
@@ -79,8 +82,8 @@ def choose(spec: WeightSpec, target: Target, requested: str = "auto") -> Backend
         reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise BackendError(
-        f"no backend for {spec.out_features}x{spec.in_features}, {spec.bits} bits, group {spec.group_size}, "
-        f"{target.dtype} on {target.device}: {listed}",
+        f"no backend for {spec.out_features}x{spec.in_features}, {spec.bits} bits ({spec.data_type}), "
+        f"group {spec.group_size}, {target.dtype} on {target.device}: {listed}",
         hint="backend='auto' falls back to the reference, which runs everything"
         if requested != "auto"
         else None,

@@ -13,7 +13,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from woq.weights import PackedWeight, WeightSpec
+from woq.weights import DataType, PackedWeight, WeightSpec
 
 State = TypeVar("State")
 
@@ -30,10 +30,16 @@ class Backend(ABC, Generic[State]):
     """One implementation of the quantized linear. Instances hold no per-layer data."""
 
     name: ClassVar[str]
+    data_types: ClassVar[tuple[DataType, ...]] = ("int",)
+    """What it computes; the chooser (`woq.backends.why_not`) refuses the rest before it asks `why_not`. How scales are
+    stored is no matter here: `PackedWeight.unpack` gives them ready."""
 
     @abstractmethod
     def why_not(self, spec: WeightSpec, target: Target) -> str | None:
-        """None where this backend computes such a layer rightly there, else the reason it does not."""
+        """None where this backend computes such a layer rightly there, else the reason it does not.
+
+        Asked of layers whose data type is among `data_types`.
+        """
 
     @abstractmethod
     def prepare(self, packed: PackedWeight, target: Target) -> State:

@@ -12,13 +12,14 @@ The int4 kernel computes `(q - 8) * s + (8 - z) * s` with both terms in bfloat16
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from woq.backends.base import Backend, Target
-from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import DataType, PackedWeight, QuantizedWeight, WeightSpec
 
 _GROUPS = (256, 128, 64, 32)  # what the int4 kernel accepts
 _ROWS = 16  # out_features come in multiples of this
@@ -56,6 +57,10 @@ class CpuBackend(Backend[CpuState]):
     """See the module's head."""
 
     name = "cpu"
+    data_types: ClassVar[tuple[DataType, ...]] = (
+        "int",
+        "int_float_zeros",
+    )  # zero points enter as (8 - z) * s
 
     def why_not(self, spec: WeightSpec, target: Target) -> str | None:
         if target.dtype != torch.bfloat16:

@@ -59,6 +59,7 @@ class LayerSettings:
     bits: int
     group_size: int
     sym: bool
+    weight_dtype: Literal["int", "nf4", "fp4", "fp4_e2m1"] = "int"
 
 
 class Override(BaseModel):
@@ -69,6 +70,7 @@ class Override(BaseModel):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     sym: bool | None = None
+    weight_dtype: WeightDtype | None = None
     skip: bool = False
 
 
@@ -145,14 +147,22 @@ class QuantConfig(BaseModel):
                 f"compression_dim={self.compression_dim}",
                 "packing='gptq' with compression_dtype='int32', compression_dim=1, or packing='inc_plain' with any",
             )
-        if self.weight_dtype != "int":
-            if not self.takes_codebooks:
-                raise self._refusal(
-                    f"weight_dtype={self.weight_dtype!r}", "'int' (RtnConfig takes the others)"
-                )
-            if self.bits != 4:
-                raise self._refusal(f"weight_dtype={self.weight_dtype!r} with bits={self.bits}", "bits=4")
+        self._check_data_type("", self._settings(Override()))
+        for pattern, rule in self.overrides.items():
+            if not rule.skip:
+                self._check_data_type(f"overrides[{pattern!r}]: ", self._settings(rule))
         return self
+
+    def _check_data_type(self, where: str, settings: LayerSettings) -> None:
+        got = f"{where}weight_dtype={settings.weight_dtype!r}"
+        if settings.weight_dtype == "int":
+            return
+        if not self.takes_codebooks:
+            raise self._refusal(got, "'int' (RtnConfig takes the others)")
+        if settings.bits != 4:
+            raise self._refusal(f"{got} with bits={settings.bits}", "bits=4, or weight_dtype='int'")
+        if not settings.sym:
+            raise self._refusal(f"{got} with sym=False", "sym=True: a codebook has no zero points")
 
     @classmethod
     def _refusal(cls, got: str, allowed: str) -> ConfigError:
@@ -171,10 +181,14 @@ class QuantConfig(BaseModel):
         if self.skip_reason(name) is not None:
             return None
         _, rule = self._override(name)
+        return self._settings(rule)
+
+    def _settings(self, rule: Override) -> LayerSettings:
         return LayerSettings(
             bits=self.bits if rule.bits is None else rule.bits,
             group_size=self.group_size if rule.group_size is None else rule.group_size,
             sym=self.sym if rule.sym is None else rule.sym,
+            weight_dtype=self.weight_dtype if rule.weight_dtype is None else rule.weight_dtype,
         )
 
     def skip_reason(self, name: str) -> str | None:
