@@ -16,7 +16,7 @@ from woq.errors import WoqError
 if TYPE_CHECKING:
     from woq.configs import QuantConfig
     from woq.doctor import Diagnosis
-    from woq.inspection import Facts
+    from woq.inspection import Facts, Kind
     from woq.report import Report
     from woq.selftest import Row, Summary
 
