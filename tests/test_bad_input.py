@@ -268,7 +268,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({"extra.qweight": torch.ones(3, dtype=torch.int32)}),
         "layer 'extra' is no linear of Llama",
     ),
-    "unexpected bias": (lambda t: t.update({f"{Q}.bias": torch.zeros(64)}), f"layer '{Q}': a bias stored"),
+    "unexpected bias": (lambda t: t.update({f"{Q}.bias": torch.ones(64)}), f"layer '{Q}': a bias stored"),
     "nothing quantized": (
         lambda t: [t.pop(n) for n in list(t) if n.endswith("qweight")],
         "no quantized layer is|is not in Llama",
@@ -302,9 +302,10 @@ def test_index_that_leaves_the_folder(quantized: Path) -> None:
     ("value", "message"),
     [
         (None, "quantization_config"),
-        ("gptq", "describes no model"),
-        ([], "describes no model"),
-        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ("gptq", r"quantization_config is 'gptq', expected an object"),
+        ([], r"quantization_config is \[\], expected an object"),
+        ({"quant_method": "awq"}, "group_size is None, expected an int"),
+        ({"quant_method": "quark"}, "quant_method 'quark' is not known"),
         ({"quant_method": "gptq", "bits": 4}, "group_size is None"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "qweight is"),
     ],

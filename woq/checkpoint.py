@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from woq import codebooks
 from woq.configs import QuantConfig, config_from_dict
+from woq.configs.base import LayerSettings
 from woq.errors import CheckpointError
+from woq.pickled import Pickled
 from woq.scales import DoubleQuant
 from woq.weights import (
     CODEBOOKS,
@@ -80,7 +82,7 @@ def quantization_dict(
         "lm_head": config.quant_lm_head,
         "true_sequential": bool(settings.get("true_sequential", False)),
         "damp_percent": settings.get("damp_percent", 0.01),
-        "dynamic": _dynamic(config, specs, skipped),
+        "dynamic": dynamic_rules(config, specs, skipped),
         "provider": "woq",
         "woq": {
             "version": 1 if plain else 2,
@@ -109,16 +111,17 @@ def _usual_type(specs: Mapping[str, WeightSpec]) -> DataType:
     return Counter(s.data_type for s in specs.values()).most_common(1)[0][0]
 
 
-def _dynamic(
-    config: QuantConfig, specs: Mapping[str, WeightSpec], skipped: Mapping[str, str]
+def dynamic_rules(
+    usual: QuantConfig | LayerSettings, specs: Mapping[str, WeightSpec], skipped: Iterable[str]
 ) -> dict[str, Any]:
+    """GPTQModel's `dynamic`: by exact name, the layers that differ from what is usual, and the linears left in float."""
     rules: dict[str, Any] = {}
     usual_type = _usual_type(specs)
     for name, spec in specs.items():
-        whole_row = config.group_size == -1 or config.group_size > spec.in_features
-        usual = spec.in_features if whole_row else config.group_size
+        whole_row = usual.group_size == -1 or usual.group_size > spec.in_features
+        size = spec.in_features if whole_row else usual.group_size
         kind = (spec.bits, spec.group_size, spec.sym, spec.data_type)
-        if kind != (config.bits, usual, config.sym, usual_type):
+        if kind != (usual.bits, size, usual.sym, usual_type):
             group_size = -1 if spec.group_size == spec.in_features else spec.group_size
             rule = {"bits": spec.bits, "group_size": group_size, "sym": spec.sym}
             own = {} if spec.data_type == usual_type else {"data_type": spec.data_type}
@@ -292,15 +295,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class TensorFolder:
-    """The tensors of a folder's safetensors files: headers at once, data memory-mapped when asked for."""
+def shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises CheckpointError where it is malformed or leads out of its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map is missing or malformed")
+    names = sorted(set(weight_map.values()))
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: weight_map names a file outside the folder")
+    return [index.parent / name for name in names]
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError where a file is missing, truncated, or contradicts the index."""
+
+class TensorFolder:
+    """The tensors of a folder's files: headers at once, data memory-mapped when asked for."""
+
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        """files: safetensors, or pickled state dicts; None: those of a transformers folder.
+
+        Raises CheckpointError where a file is missing, truncated, or contradicts the index.
+        """
         self.folder = folder
         self.index: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
-        for file in self._files():
+        for file in self._files() if files is None else files:
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 view = handle.get_slice(name)
@@ -308,22 +325,15 @@ class TensorFolder:
 
     def _files(self) -> list[Path]:
         index = self.folder / WEIGHTS_INDEX
-        if not index.exists():
-            return [self.folder / WEIGHTS]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index}: weight_map is missing or malformed")
-        names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: weight_map names a file outside the folder")
-        return [self.folder / name for name in names]
+        return shards(index) if index.exists() else [self.folder / WEIGHTS]
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             if not file.exists():
                 raise CheckpointError(f"{file} does not exist", hint="is the download complete?")
             try:
-                self._open[file] = safe_open(file, framework="pt")
+                opened = safe_open(file, framework="pt") if file.suffix == ".safetensors" else Pickled(file)
+                self._open[file] = opened
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{file} is damaged: {error}", hint="truncated? copy or quantize it again"

@@ -19,8 +19,10 @@ import torch
 from woq.backends import choose, refusals
 from woq.backends.base import Target
 from woq.blocks import find_blocks, linears, weight_of
-from woq.checkpoint import CONFIG, GPTQ_BITS, FolderFormat, TensorFolder, TensorInfo, read_json
+from woq.checkpoint import GPTQ_BITS, TensorFolder, TensorInfo
 from woq.console import human
+from woq.interop import find
+from woq.interop.folder import QuantizedFolder
 from woq.loading import model_config, skeleton
 from woq.modeling import run_device, run_dtype
 from woq.weights import PackedWeight, WeightSpec
@@ -60,13 +62,14 @@ class Kind:
 
 @dataclass
 class Facts:
-    """A folder. bytes: of all tensors. floats: what is not quantized, tensors of a kind by pattern -> description."""
+    """A folder. bytes: of all tensors. format: the name of the reader in `woq.interop.READERS`. floats: what is not quantized, tensors of a kind by pattern -> description."""
 
     folder: str
     architecture: str
     runs_on: str
     bytes: int
     parameters: int
+    format: str | None = None
     quant_method: str | None = None
     algorithm: str | None = None
     checkpoint_format: str | None = None
@@ -94,14 +97,14 @@ def inspect_folder(
 
     Raises CheckpointError where files are missing, damaged, or do not fit the model.
     """
-    raw = read_json(folder / CONFIG).get("quantization_config")
+    source = None if find(folder) is None else QuantizedFolder(folder)
     config = model_config(folder, trust_remote_code)
     where = run_device(device)
     target = Target(where, run_dtype(dtype, config.dtype, where))
-    if raw is not None:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for its own quantizer
     model = skeleton(config, None, trust_remote_code)
-    tensors = TensorFolder(folder)
+    tensors = TensorFolder(folder) if source is None else source.tensors
     facts = Facts(
         folder=str(folder),
         architecture=type(model).__name__,
@@ -109,41 +112,35 @@ def inspect_folder(
         bytes=sum(_bytes(info) for info in tensors.index.values()),
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    used: set[str] = set()
-    if raw is None:
+    if source is None:
         facts.oddities = _float_oddities(model)
+        facts.floats = _floats(tensors.index)
     else:
-        used = _add_quantized(facts, model, FolderFormat.parse(raw, folder / CONFIG), tensors, target)
-    facts.floats = _floats({name: info for name, info in tensors.index.items() if name not in used})
+        _add_quantized(facts, model, source, target)
+        facts.floats = _floats(source.floats)
     return facts
 
 
-def _add_quantized(
-    facts: Facts, model: Any, form: FolderFormat, tensors: TensorFolder, target: Target
-) -> set[str]:
-    """Fill in what is quantized; returns the names of the tensors that belong to it."""
-    config = form.config
-    facts.quant_method = str(form.raw.get("quant_method"))
-    facts.algorithm = None if config is None else config.quant_method
-    facts.checkpoint_format = str(form.raw.get("checkpoint_format", "gptq"))
-    word = str(form.layout.compression_dtype).removeprefix("torch.")
-    facts.layout = f"{form.layout.packing}, {word} along dimension {form.layout.compression_dim}, "
-    facts.layout += f"zero points stored {'minus 1' if form.layout.zero_offset else 'as they are'}"
+def _add_quantized(facts: Facts, model: Any, source: QuantizedFolder, target: Target) -> None:
+    """Fill in what is quantized."""
+    reader = source.reader
+    facts.format = reader.format
+    facts.quant_method = str(source.raw.get("quant_method", f"not stated, read as {reader.format}"))
+    facts.algorithm = reader.algorithm
+    facts.checkpoint_format = str(source.raw.get("checkpoint_format", reader.format))
+    facts.layout = reader.describe()
     shapes = {name: weight_of(linear).shape for name, linear in linears(model).items()}
     kinds: dict[tuple[Any, ...], Kind] = {}
     packed: dict[str, PackedWeight] = {}
-    used: set[str] = set()
-    for name, headers in tensors.layers():
+    for name, headers in source.layers.items():
         if name not in shapes:
             facts.oddities.append(f"{name} is no linear of {facts.architecture}: the folder will not load")
             continue
-        out_features, in_features = shapes[name]
-        packed[name] = tensors.packed(name, form.spec(name, in_features, out_features, headers), headers)
+        packed[name] = source.packed(name, *shapes[name])
         _count(kinds, packed[name].spec, headers, target)
-        used |= {f"{name}.{part}" for part in headers if part != "bias"}
     facts.kinds = sorted(kinds.values(), key=lambda kind: -kind.weights)
-    facts.oddities += _quantized_oddities(facts, packed, form)
-    return used
+    facts.oddities += reader.oddities()
+    facts.oddities += _quantized_oddities(facts, packed)
 
 
 def _count(
@@ -164,7 +161,7 @@ def _count(
 # --- what is unusual ---------------------------------------------------------------------------------------------
 
 
-def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: FolderFormat) -> list[str]:
+def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight]) -> list[str]:
     specs = {name: weight.spec for name, weight in packed.items()}
     negative = [name for name, weight in packed.items() if bool((weight.decoded_scales() < 0).any())]
     uneven = [n for n, s in specs.items() if s.in_features % _OTHERS_BLOCK or s.out_features % _OTHERS_BLOCK]
@@ -195,7 +192,7 @@ def _quantized_oddities(facts: Facts, packed: Mapping[str, PackedWeight], form: 
     elif any(s.data_type != "int" or s.double_quant for s in specs.values()):
         told.append("codebooks, float zero points and scales stored as codes are read by woq only")
     elif facts.quant_method == "woq":
-        told.append(f"the layout {form.layout.packing!r} with these words is read by woq only")
+        told.append("the layout is read by woq only")
     if facts.checkpoint_format == "gptq_v2":
         told.append(
             "checkpoint_format gptq_v2 (zero points as they are): AutoGPTQ refuses it, newer readers take it"

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from woq.blocks import Linear, find_blocks, linears
-from woq.checkpoint import CONFIG, FLOATS, FolderFormat, TensorFolder, TensorInfo, read_json
+from woq.checkpoint import CONFIG, FLOATS, TensorFolder, TensorInfo, read_json
 from woq.errors import CheckpointError
+from woq.interop.folder import QuantizedFolder
 from woq.linear import QuantLinear
 from woq.moe import is_fused_experts, unfuse_experts
+from woq.weights import WeightSpec
 
 Offload = Literal["auto", "always", "never"]
 
@@ -191,17 +193,14 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
     dtype: of the float parameters; None keeps what is stored. Raises CheckpointError where the folder's tensors and
     the model do not fit each other.
     """
-    raw = read_json(folder / CONFIG).get("quantization_config")
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{folder / CONFIG} has no quantization_config")
-    form = FolderFormat.parse(raw, folder / CONFIG)
+    source = QuantizedFolder(folder)
     config = model_config(folder, trust_remote_code)
-    del config.quantization_config  # transformers would look for its own quantizer
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would look for its own quantizer
     model = skeleton(config, dtype, trust_remote_code)
-    tensors = TensorFolder(folder)
-    _unfuse_like(model, tensors)
-    used = _place_quantized(model, form, tensors, backend)
-    _place_floats(model, tensors, used, dtype)
+    _unfuse_like(model, source.tensors)
+    specs = _place_quantized(model, source, backend)
+    _place_floats(model, source.floats, source.tensors, dtype)
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
@@ -209,7 +208,7 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
             f"{folder}: no tensor for {left[:5]}{' ...' if len(left) > 5 else ''} of {type(model).__name__}"
         )
     _load_generation_config(model, folder)
-    model.config.quantization_config = raw
+    model.config.quantization_config = source.description(specs)
     return model.eval().requires_grad_(False)
 
 
@@ -221,29 +220,20 @@ def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:
             unfuse_experts(parent)
 
 
-def _place_quantized(model: Any, form: FolderFormat, tensors: TensorFolder, backend: str) -> set[str]:
-    """Put a `QuantLinear` wherever the folder has packed tensors; returns the names of the tensors used."""
-    found, used = linears(model), set[str]()
-    for name, headers in tensors.layers():
+def _place_quantized(model: Any, source: QuantizedFolder, backend: str) -> dict[str, WeightSpec]:
+    """Put a `QuantLinear` wherever the folder has packed tensors; returns what each is."""
+    found, specs = linears(model), dict[str, WeightSpec]()
+    for name in source.layers:
         linear = found.get(name)
         if linear is None:
-            raise CheckpointError(f"{tensors.folder}: layer {name!r} is no linear of {type(model).__name__}")
+            raise CheckpointError(f"{source.folder}: layer {name!r} is no linear of {type(model).__name__}")
         out_features, in_features = _shape(linear)
-        spec = form.spec(name, in_features, out_features, headers)
-        packed = tensors.packed(name, spec, headers)
-        bias = tensors.read(f"{name}.bias") if "bias" in headers else None
-        if bias is not None and bias.shape != (out_features,):
-            raise CheckpointError(f"layer {name!r}: bias is {list(bias.shape)}, expected [{out_features}]")
-        if (bias is None) != (linear.bias is None):
-            raise CheckpointError(
-                f"layer {name!r}: {'no' if bias is None else 'a'} bias stored, the model differs"
-            )
+        packed = source.packed(name, out_features, in_features)
+        bias = source.bias(name, out_features, expected=linear.bias is not None)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, QuantLinear(packed, bias, backend))
-        used |= {f"{name}.{part}" for part in headers}
-    if not used:
-        raise CheckpointError(f"{tensors.folder}: quantization_config is there, but no quantized layer is")
-    return used
+        specs[name] = packed.spec
+    return specs
 
 
 def _shape(linear: Linear) -> tuple[int, int]:
@@ -251,8 +241,9 @@ def _shape(linear: Linear) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
-def _place_floats(model: Any, tensors: TensorFolder, used: set[str], dtype: torch.dtype | None) -> None:
-    expected: Mapping[str, TensorInfo] = {n: i for n, i in tensors.index.items() if n not in used}
+def _place_floats(
+    model: Any, expected: Mapping[str, TensorInfo], tensors: TensorFolder, dtype: torch.dtype | None
+) -> None:
     wanted = model.state_dict()
     state = {}
     for name, info in expected.items():

@@ -13,10 +13,10 @@ from torch import nn
 
 from woq.backends import refusals
 from woq.backends.base import Target
-from woq.checkpoint import CONFIG, read_json
 from woq.configs import QuantConfig, config_from_dict
 from woq.device import available_devices, quantization_device
 from woq.errors import CheckpointError, ConfigError
+from woq.interop import find
 from woq.linear import QuantLinear
 from woq.loading import Offload, from_transformers, load_float, load_quantized, model_config, resolve_folder
 from woq.progress import ConsoleProgress, Progress
@@ -68,7 +68,7 @@ class AutoModelForCausalLM:
         _refuse_unknown(hub)
         folder = resolve_folder(path, hub)
         device = run_device(device_map)
-        quantized_already = "quantization_config" in read_json(folder / CONFIG)
+        quantized_already = find(folder) is not None
         if quantized_already and quantization_config is not None:
             raise ConfigError(
                 f"{folder} is quantized already", hint="leave quantization_config out to load it"
@@ -123,7 +123,7 @@ def quantize_folder(
     from woq.writer import FolderWriter
 
     folder, destination = resolve_folder(source, hub), Path(target)
-    if "quantization_config" in read_json(folder / CONFIG):
+    if find(folder) is not None:
         raise CheckpointError(f"{folder} is quantized already", hint="start from the float checkpoint")
     writer = FolderWriter(destination, resume=resume, overwrite=overwrite)
     device = quantization_device(config.device)

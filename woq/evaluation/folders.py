@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from woq.checkpoint import CONFIG, read_json
 from woq.errors import ConfigError
 from woq.evaluation.divergence import compare
 from woq.evaluation.perplexity import perplexity
 from woq.evaluation.windows import windows_from_text
+from woq.interop import find
 from woq.loading import model_config, quiet_bars, resolve_folder
 from woq.modeling import AutoModelForCausalLM
 from woq.progress import ConsoleProgress
@@ -56,7 +56,7 @@ def evaluate_folder(
             result["perplexity"] = round(perplexity(model, windows, request.batch_size, bars.at).value, 4)
             return result
         original_folder = resolve_folder(reference, {})
-        if "quantization_config" in read_json(original_folder / CONFIG):
+        if find(original_folder) is not None:
             bars.say(f"note: the reference {reference} is quantized itself")
         with quiet_bars():
             original = AutoModelForCausalLM.from_pretrained(original_folder, **options)

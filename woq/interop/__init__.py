@@ -1,0 +1,66 @@
+"""Other libraries' checkpoints: one file per format, one line here.
+
+`READERS` are asked in order whether a folder is theirs; `TARGETS` are what `woq convert` writes. A format's module is
+imported when a quantized folder is opened, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from woq.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from woq.interop.base import Found, Reader
+
+# The first that knows a folder reads it: those with a mark of their own come before those told by few keys.
+READERS: dict[str, str] = {
+    "compressed-tensors": "woq.interop.compressed_tensors:CompressedTensorsReader",
+    "awq": "woq.interop.awq:AwqReader",
+    "gptq": "woq.interop.gptq:GptqReader",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `woq convert --to` names. A writer stores layers in safetensors beside a config; an exporter makes the whole
+    file itself: `export(source: QuantizedFolder, target: Path, *, overwrite: bool) -> Summary`."""
+
+    writer: str | None = None
+    exporter: str | None = None
+
+
+TARGETS: dict[str, Target] = {
+    "gptq": Target(writer="woq.interop.gptq:v1"),
+    "gptq_v2": Target(writer="woq.interop.gptq:v2"),
+    "awq": Target(writer="woq.interop.awq:AwqWriter"),
+    "compressed-tensors": Target(writer="woq.interop.compressed_tensors:CompressedTensorsWriter"),
+}
+
+
+def load(path: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def find(folder: Path) -> Found | None:
+    """What says that `folder` is quantized; None for a float one. Raises CheckpointError where that is malformed."""
+    from woq.interop.files import find
+
+    return find(folder)
+
+
+def reader_of(found: Found) -> Reader:
+    """The reader of a folder's format. Raises CheckpointError where none knows it, or its description is malformed."""
+    for path in READERS.values():
+        cls: type[Reader] = load(path)
+        if cls.detect(found):
+            return cls(found)
+    raise CheckpointError(
+        f"{found.where}: quant_method {found.raw.get('quant_method')!r} is not known",
+        hint=f"known: {', '.join(READERS)}",
+    )

@@ -1,0 +1,205 @@
+"""GPTQ folders, v1 and v2, whoever wrote them, and our own: the layout that the rest of this package calls `gptq`.
+
+Legacy AutoGPTQ folders (description in quantize_config.json alone, any file name, safetensors or pickles) are the same
+layout. What a folder says of itself is often wrong, and the tensors decide: `desc_act` is what g_idx says, `sym` what
+the zero points say.
+
+v1 stores z - 1. Most writers do that field by field; GPTQModel and auto-round subtract from whole words, so that a
+zero point of 0 borrows from its neighbour. Adding to whole words undoes it exactly: their asymmetric files become v2
+that way (`formats.md` 9.3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from woq import packing
+from woq.checkpoint import FORMAT_VERSION, GPTQ_BITS, FolderFormat, dynamic_rules
+from woq.configs.base import LayerSettings
+from woq.errors import CheckpointError
+from woq.interop.base import Found, Layer, Reader, Summary, Writer, first_refusal
+from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, QuantizedWeight, WeightSpec
+
+BLOCK = 32  # codes that other packers handle at once: both sides of a matrix must be multiples
+
+
+class GptqReader(Reader):
+    """GPTQ v1, v2, and the folders of this package."""
+
+    format: ClassVar[str] = "gptq"
+
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
+        self.form = FolderFormat.parse(described(found.raw), found.where)
+        self.subtracted_from_words = self.form.layout == GPTQ_V1 and _writer(found.raw) == "gptqmodel"
+
+    @classmethod
+    def detect(cls, found: Found) -> bool:
+        method = found.raw.get("quant_method")
+        legacy = method is None and {"bits", "group_size"} <= found.raw.keys() and "w_bit" not in found.raw
+        return method in ("gptq", "woq") or legacy
+
+    def read(self, layer: Layer) -> PackedWeight:
+        spec = self.form.spec(layer.name, layer.in_features, layer.out_features, layer.headers)
+        packed = layer.folder.packed(layer.name, spec, layer.headers)
+        if self.subtracted_from_words:
+            packed = add_to_words(packed)
+        return as_the_zeros_say(packed)
+
+    def describe(self) -> str:
+        layout = self.form.layout
+        word = str(layout.compression_dtype).removeprefix("torch.")
+        zeros = "minus 1" if layout.zero_offset else "as they are"
+        return (
+            f"{layout.packing}, {word} along dimension {layout.compression_dim}, zero points stored {zeros}"
+        )
+
+    @property
+    def algorithm(self) -> str | None:
+        config = self.form.config
+        return None if config is None else config.quant_method
+
+    def oddities(self) -> list[str]:
+        told = []
+        if self.found.raw.get("sym") is None:
+            told.append(
+                "the description does not say sym: told from the zero points (GPTQModel assumes true)"
+            )
+        if self.subtracted_from_words:
+            told.append(
+                "GPTQModel wrote these v1 zero points by arithmetic on whole words: other readers misread zero points of 0"
+            )
+        return told
+
+
+def described(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with the names of today: older writers had others, or left out what was the only possibility."""
+    older = {"w_bit": "bits", "q_group_size": "group_size"}
+    renamed = {older.get(key, key): value for key, value in raw.items()}
+    return {"quant_method": "gptq", **renamed}
+
+
+def _writer(raw: Mapping[str, Any]) -> str | None:
+    """The program that wrote the folder, as GPTQModel notes it: {"meta": {"quantizer": ["gptqmodel:1.2"]}}."""
+    meta = raw.get("meta")
+    told = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    first = told[0] if isinstance(told, list) and told else told
+    return first.partition(":")[0] if isinstance(first, str) else None
+
+
+def add_to_words(packed: PackedWeight) -> PackedWeight:
+    """A v1 weight whose writer subtracted 1 from every field by arithmetic on whole words, as v2."""
+    ones = packing.pack_dense(torch.ones(BLOCK, 1, dtype=torch.uint8), packed.spec.bits).flatten()
+    count = packed.qzeros.shape[1] // packed.spec.bits
+    words = packed.qzeros + ones.repeat(count).to(packed.qzeros.device)  # int32: wraps
+    return replace(packed, spec=replace(packed.spec, layout=GPTQ_V2), qzeros=words)
+
+
+def as_the_zeros_say(packed: PackedWeight) -> PackedWeight:
+    """A weight that calls itself symmetric but has other zero points is not: backends would pass over them."""
+    spec = packed.spec
+    if not spec.sym or spec.layout.packing != "gptq":
+        return packed
+    stored = packing.unpack_dense(packed.qzeros.t(), spec.bits, spec.out_features)
+    middle = (1 << (spec.bits - 1)) - spec.layout.zero_offset
+    return packed if bool((stored == middle).all()) else replace(packed, spec=replace(spec, sym=False))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+class GptqWriter(Writer):
+    """GPTQ folders that GPTQModel, transformers, vLLM, SGLang, auto-round, neural-compressor and IPEX read."""
+
+    def __init__(self, layout: Layout = GPTQ_V1) -> None:
+        self.layout = layout
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        return first_refusal(
+            (spec.bits in GPTQ_BITS, f"{spec.bits} bits: GPTQ folders have {list(GPTQ_BITS)}"),
+            *multiples(spec),
+        )
+
+    def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        if self.layout.zero_offset and not weight.spec.sym and not weight.zeros.all():
+            raise CheckpointError(
+                "a zero point is 0, which v1 readers take for 2^bits or borrow from its neighbour",
+                hint="convert to gptq_v2",
+            )
+        return replace(weight, spec=replace(weight.spec, layout=self.layout)).pack().tensors()
+
+    def config(self, summary: Summary) -> dict[str, Any]:
+        usual = usual_settings(summary.specs)
+        form = "gptq" if self.layout.zero_offset else "gptq_v2"
+        return {
+            "quant_method": "gptq",
+            "bits": usual.bits,
+            "group_size": usual.group_size,
+            "desc_act": any(spec.desc_act for spec in summary.specs.values()),
+            "sym": usual.sym,
+            "checkpoint_format": form,
+            "format": form,
+            "lm_head": summary.head in summary.specs,
+            "true_sequential": False,
+            "damp_percent": 0.01,
+            "dynamic": dynamic_rules(usual, summary.specs, [n for n in summary.floats if n != summary.head]),
+            "provider": "woq",
+        }
+
+
+def describe(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
+    """The `quantization_config` of layers that were read from elsewhere and stand in our layout now.
+
+    What only we would read (other widths, data types) calls itself "woq", as in `checkpoint.quantization_dict`.
+    """
+    layout = next(iter(specs.values())).layout
+    config = GptqWriter(layout).config(Summary(specs))
+    if all(spec.bits in GPTQ_BITS for spec in specs.values()):
+        return config
+    own = {
+        "version": FORMAT_VERSION,
+        "packing": layout.packing,
+        "zero_offset": layout.zero_offset,
+        "compression_dtype": "int32",
+        "compression_dim": layout.compression_dim,
+    }
+    return config | {
+        "quant_method": "woq",
+        "checkpoint_format": "woq_gptq",
+        "format": "woq_gptq",
+        "woq": own,
+    }
+
+
+def usual_settings(specs: Mapping[str, WeightSpec]) -> LayerSettings:
+    """What most layers have; group_size -1 where each has one group."""
+    counted = Counter(
+        LayerSettings(s.bits, -1 if s.groups == 1 else s.group_size, s.sym) for s in specs.values()
+    )
+    return counted.most_common(1)[0][0]
+
+
+def multiples(spec: WeightSpec) -> tuple[tuple[bool, str], ...]:
+    """What packers and kernels of GPTQ's layout ask of the sizes."""
+    n, k, size = spec.out_features, spec.in_features, spec.group_size
+    return (
+        (k % BLOCK == 0, f"in_features {k} is no multiple of {BLOCK}"),
+        (n % BLOCK == 0, f"out_features {n} is no multiple of {BLOCK}"),
+        (k % size == 0, f"group_size {size} does not divide in_features {k}: the last group is short"),
+    )
+
+
+def v1() -> GptqWriter:
+    """Zero points minus 1: for symmetric folders, the one that everybody reads."""
+    return GptqWriter(GPTQ_V1)
+
+
+def v2() -> GptqWriter:
+    """Zero points as they are."""
+    return GptqWriter(GPTQ_V2)
