@@ -8,6 +8,7 @@ the model's shapes before anything is allocated. Safetensors are memory-mapped; 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ CONFIG, QUANTIZE_CONFIG = "config.json", "quantize_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT_VERSION = 2  # the newest that is read; written is the oldest that tells the truth
 GPTQ_BITS = (2, 3, 4, 8)  # widths that other readers of GPTQ folders know
+
+_DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8,
+}  # fmt: skip
 
 # safetensors' names of the dtypes that scales and everything unquantized may have
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -280,6 +285,11 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensor's data."""
+        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `woq quantize | inspect | eval | doctor | demo`. Options become config fields or arguments of the
+"""The command line: `woq quantize | inspect | convert | eval | doctor | demo`. Options become config fields or arguments of the
 Python functions that do the work; defaults stand there, not here.
 
 Every error of `woq.errors` is printed as a message and a hint, exit code 2; `woq --debug ...` shows the traceback.
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from woq.configs import PRESETS, ConfigWarning, QuantConfig, config_from_dict, preset
 from woq.configs.base import json_object
 from woq.console import (
+    print_conversion,
     print_diagnosis,
     print_error,
     print_facts,
@@ -26,8 +27,10 @@ from woq.console import (
     print_note,
     print_report,
     print_selftest,
+    weight_bytes,
 )
 from woq.errors import ConfigError, WoqError
+from woq.interop import TARGETS
 
 
 class _Commands(TyperGroup):
@@ -189,6 +192,27 @@ def inspect(
         typer.echo(json.dumps(facts.to_dict(), indent=2))
     else:
         print_folder(facts)
+
+
+# --- convert -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    source: FolderOrId,
+    target: Annotated[Path, typer.Argument(help="Folder, or file, to write.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target when all is done.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Write the quantized SOURCE, of any format that woq reads, in another format: without loss, or not at all."""
+    from woq.interop.convert import convert as run
+    from woq.loading import resolve_folder
+
+    folder = resolve_folder(source, {})
+    done = run(folder, target, to, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    print_conversion(done, weight_bytes(folder), weight_bytes(target))
 
 
 # --- eval, doctor, demo ------------------------------------------------------------------------------------------

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from woq.configs import QuantConfig
     from woq.doctor import Diagnosis
     from woq.inspection import Facts, Kind
+    from woq.interop.convert import Conversion
     from woq.report import Report
     from woq.selftest import Row, Summary
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data")
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
@@ -61,8 +65,9 @@ def human(size: float) -> str:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files in `folder`: what a checkpoint's size is compared by."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    """Bytes of the weight files in `folder`, or of the file: what a checkpoint's size is compared by."""
+    files = folder.iterdir() if folder.is_dir() else [folder]
+    return sum(file.stat().st_size for file in files if file.suffix in _WEIGHTS)
 
 
 def short_type(bits: int, data_type: str) -> str:
@@ -105,6 +110,18 @@ def print_report(source: Path, target: Path, config: QuantConfig, report: Report
     )
 
 
+def print_conversion(done: Conversion, before: int, after: int) -> None:
+    """What was converted, and what was checked."""
+    rows = [
+        ("read as", done.read_as),
+        ("written as", done.written_as),
+        ("layers", str(done.layers)),
+        ("size of weights", f"{human(before)} -> {human(after)}"),
+        ("read back and compared", f"{len(done.checked)} layers, the same bit for bit"),
+    ]
+    print_facts(f"{done.target} is ready", rows)
+
+
 def print_folder(facts: Facts) -> None:
     """What a folder holds."""
     rows = [
@@ -116,7 +133,7 @@ def print_folder(facts: Facts) -> None:
     else:
         made = f" (made by woq: {facts.algorithm})" if facts.algorithm else ""
         rows += [
-            ("quant_method", f"{facts.quant_method}{made}"),
+            ("format", f"{facts.format}, quant_method {facts.quant_method}{made}"),
             ("checkpoint_format", f"{facts.checkpoint_format}: {facts.layout}"),
             ("bits per weight", f"{facts.bits_per_weight:.2f} in quantized layers, scales included"),
         ]

@@ -27,18 +27,6 @@ from woq.loading import model_config, skeleton
 from woq.modeling import run_device, run_dtype
 from woq.weights import PackedWeight, WeightSpec
 
-_DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "F32": 4,
-    "I64": 8,
-    "F64": 8,
-}
 _OTHERS_BLOCK = 32  # other readers of GPTQ folders want both sides of a matrix to be multiples of this
 
 
@@ -109,7 +97,7 @@ def inspect_folder(
         folder=str(folder),
         architecture=type(model).__name__,
         runs_on=f"{target.device} in {str(target.dtype).removeprefix('torch.')}",
-        bytes=sum(_bytes(info) for info in tensors.index.values()),
+        bytes=sum(info.bytes for info in tensors.index.values()),
         parameters=sum(p.numel() for p in model.parameters()),
     )
     if source is None:
@@ -155,7 +143,7 @@ def _count(
     kind = kinds.setdefault((*like, *refused.items()), Kind(*like, refused))
     kind.layers += 1
     kind.weights += spec.in_features * spec.out_features
-    kind.bytes += sum(_bytes(info) for part, info in headers.items() if part != "bias")
+    kind.bytes += sum(info.bytes for part, info in headers.items() if part != "bias")
 
 
 # --- what is unusual ---------------------------------------------------------------------------------------------
@@ -225,10 +213,6 @@ def _some(names: list[str]) -> str:
 # --- sizes -------------------------------------------------------------------------------------------------------
 
 
-def _bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * _DTYPE_BYTES.get(info.dtype, 1)
-
-
 def _floats(index: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Tensors in float by name, block numbers as "*"; vectors (norms, biases) in one entry."""
     matrices: dict[str, list[TensorInfo]] = {}
@@ -246,4 +230,4 @@ def _told(infos: list[TensorInfo]) -> str:
     shapes = sorted({info.shape for info in infos})
     shape = f" {list(shapes[0])}" if len(shapes) == 1 else ""
     dtypes = "/".join(sorted({info.dtype for info in infos}))
-    return f"{len(infos)} x {dtypes}{shape}, {human(sum(map(_bytes, infos)))}"
+    return f"{len(infos)} x {dtypes}{shape}, {human(sum(info.bytes for info in infos))}"

@@ -32,11 +32,11 @@ class Pickled:
             state = self._load(file)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}",
+                f"{file} holds more than tensors, or is damaged: {first_line(error)}",
                 hint="convert it to safetensors where you trust it",
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"{file} is damaged: {first_line(error)}") from error
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a state dict")
         nested = state.get("state_dict", state)
@@ -62,6 +62,11 @@ class Pickled:
     def get_slice(self, name: str) -> _Header:
         """Its dtype and shape."""
         return _Header(self._tensors[name])
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the advice that follows."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Header:

@@ -68,15 +68,21 @@ def finish_folder(
     rest = {name: t for name, t in _state(model).items() if not name.startswith(tuple(inside))}
     dtype = model.config.dtype
     rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in rest.items()}
+    copy_small_files(source, writer.partial)
     with explaining(writer.partial):
-        for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
-            for file in source.glob(pattern):
-                shutil.copyfile(file, writer.partial / file.name)
         report.write_csv(writer.partial / LAYERS)
     write_json(writer.partial / REPORT, report.to_dict())
     writer.finish(
         rest, model_dict(model), describe(model, config, report), len(blocks) + config.quant_lm_head
     )
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what a model folder holds beside config and weights: tokenizer, chat template, generation config, code."""
+    with explaining(target):
+        for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
+            for file in source.glob(pattern):
+                shutil.copyfile(file, target / file.name)
 
 
 def describe(model: Any, config: QuantConfig, report: Report) -> dict[str, Any]:

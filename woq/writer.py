@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -151,10 +151,12 @@ class FolderWriter:
         model_config: Mapping[str, Any],
         quantization: Mapping[str, Any],
         blocks: int,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         """Write all else and put the folder in place.
 
         rest: tensors outside the blocks. model_config: the model's config.json. blocks: how many were written.
+        check: given the whole folder before it is in place; what it raises leaves nothing behind.
         """
         self.write_block(blocks, rest, {})
         self._gather(blocks + 1)
@@ -162,6 +164,13 @@ class FolderWriter:
         write_json(self.partial / QUANTIZE_CONFIG, quantization)
         with explaining(self.folder):
             (self.partial / MANIFEST).unlink()
+        if check is not None:
+            try:
+                check(self.partial)
+            except BaseException:
+                shutil.rmtree(self.partial)
+                raise
+        with explaining(self.folder):
             self._swap_in()
 
     def _swap_in(self) -> None:

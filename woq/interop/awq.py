@@ -17,7 +17,7 @@ from woq import packing
 from woq.errors import CheckpointError
 from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, pack
 from woq.interop.gptq import multiples, usual_settings
-from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import PackedWeight, QuantizedWeight
 
 BITS, PER_WORD = 4, 8
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column GEMM_ORDER[i] of eight
@@ -174,21 +174,23 @@ class AwqReader(Reader):
 class AwqWriter(Writer):
     """AutoAWQ's gemm layout, which vLLM, SGLang, transformers and GPTQModel read."""
 
-    def why_not(self, spec: WeightSpec) -> str | None:
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        spec, scales = weight.spec, weight.scales
         return first_refusal(
             (spec.bits == BITS, f"{spec.bits} bits: AWQ has 4"),
             (not spec.desc_act, "activation order (g_idx): AWQ has no place for it"),
             *multiples(spec),
+            (
+                torch.equal(scales.to(torch.float16).to(scales.dtype), scales),
+                f"scales are {scales.dtype}, and float16, all that AWQ has, changes them",
+            ),
         )
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        scales = weight.scales.to(torch.float16)
-        if not torch.equal(scales.to(weight.scales.dtype), weight.scales):
-            raise CheckpointError(f"scales are {weight.scales.dtype}, and float16, all AWQ has, changes them")
         return {
             "qweight": pack_gemm(weight.codes.t().contiguous()),
             "qzeros": pack_gemm(weight.zeros.t().contiguous()),
-            "scales": scales.t().contiguous(),
+            "scales": weight.scales.to(torch.float16).t().contiguous(),
         }
 
     def config(self, summary: Summary) -> dict[str, Any]:

@@ -215,12 +215,12 @@ class Writer(ABC):
     """How a format stores what we have. Without loss, or not at all."""
 
     @abstractmethod
-    def why_not(self, spec: WeightSpec) -> str | None:
-        """None where a layer like this can be stored without loss, else the condition that it fails."""
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        """None where the format holds this very weight without loss, else the condition that it fails."""
 
     @abstractmethod
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The layer's tensors by their names below the layer's. Raises CheckpointError where values do not fit."""
+        """The layer's tensors by their names below the layer's; asked only where `why_not` has no objection."""
 
     @abstractmethod
     def config(self, summary: Summary) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from woq import packing
 from woq.errors import CheckpointError
 from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, order_of, pack
 from woq.interop.gptq import multiples
-from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import PackedWeight, QuantizedWeight
 
 PACK_QUANTIZED = "pack-quantized"
 _DENSE_ALWAYS = (2, 4, 8)  # the widths at which both packings are the same
@@ -105,11 +105,17 @@ class CompressedTensorsReader(Reader):
                 raise CheckpointError(
                     f"{where}.{key} is {got!r}: not weight-only integers", hint=f"{due!r} is read"
                 )
-        if weights.get("strategy") not in ("group", "channel"):
+        strategy, bits, size = (weights.get(key) for key in ("strategy", "num_bits", "group_size"))
+        size = -1 if strategy == "channel" else size
+        if strategy not in ("group", "channel") or not isinstance(bits, int) or not isinstance(size, int):
             raise CheckpointError(
-                f"{where}.weights.strategy is {weights.get('strategy')!r}, expected group or channel"
+                f"{where}.weights: strategy {strategy!r}, num_bits {bits!r}, group_size {size!r}",
+                hint="read are channel, and group with a group_size, of 2 to 8 bits",
             )
-        return [str(target) for target in group["targets"]], dict(weights)
+        if not 2 <= bits <= 8:
+            raise CheckpointError(f"{where}.weights.num_bits is {bits}, expected 2 to 8")
+        targets = tuple(str(target) for target in group["targets"])
+        return Scheme(targets, bits, size, bool(weights.get("symmetric", True)))
 
     @classmethod
     def detect(cls, found: Found) -> bool:
@@ -182,7 +188,8 @@ def _names(target: str, name: str) -> bool:
 class CompressedTensorsWriter(Writer):
     """`pack-quantized`, with activation order where there is any."""
 
-    def why_not(self, spec: WeightSpec) -> str | None:
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        spec = weight.spec
         return first_refusal(
             (spec.bits in (4, 8), f"{spec.bits} bits: other widths mean two packings, and versions disagree"),
             *multiples(spec),

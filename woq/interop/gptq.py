@@ -22,7 +22,6 @@ from torch import Tensor
 from woq import packing
 from woq.checkpoint import FORMAT_VERSION, GPTQ_BITS, FolderFormat, dynamic_rules
 from woq.configs.base import LayerSettings
-from woq.errors import CheckpointError
 from woq.interop.base import Found, Layer, Reader, Summary, Writer, first_refusal
 from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, QuantizedWeight, WeightSpec
 
@@ -120,18 +119,18 @@ class GptqWriter(Writer):
     def __init__(self, layout: Layout = GPTQ_V1) -> None:
         self.layout = layout
 
-    def why_not(self, spec: WeightSpec) -> str | None:
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        spec = weight.spec
         return first_refusal(
             (spec.bits in GPTQ_BITS, f"{spec.bits} bits: GPTQ folders have {list(GPTQ_BITS)}"),
             *multiples(spec),
+            (
+                not self.layout.zero_offset or bool(weight.zeros.all()),
+                "a zero point is 0, which v1 readers take for 2^bits or for a borrow: convert to gptq_v2",
+            ),
         )
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        if self.layout.zero_offset and not weight.spec.sym and not weight.zeros.all():
-            raise CheckpointError(
-                "a zero point is 0, which v1 readers take for 2^bits or borrow from its neighbour",
-                hint="convert to gptq_v2",
-            )
         return replace(weight, spec=replace(weight.spec, layout=self.layout)).pack().tensors()
 
     def config(self, summary: Summary) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""Rewriting a quantized folder in another format, without loss or not at all.
+
+Layer by layer, in parts of about PART_BYTES, through the writer that quantization uses: memory stays near one part, a
+kill leaves an unfinished run beside the target and nothing else. Whether every layer can be stored is asked before the
+first is written. At the end some layers are read back through the target format's own reader and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from woq.blocks import linears, weight_of
+from woq.checkpoint import CONFIG, read_json
+from woq.errors import CheckpointError, ConfigError, QuantizationError
+from woq.head import output_head
+from woq.interop import TARGETS, load
+from woq.interop.base import Summary, Writer
+from woq.interop.folder import QuantizedFolder
+from woq.loading import model_config, skeleton
+from woq.saving import copy_small_files
+from woq.weights import QuantizedWeight, WeightSpec
+from woq.writer import FolderWriter
+
+PART_BYTES = 1 << 29
+CHECKED_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done. checked: layers that were read back from the target and compared with the source."""
+
+    source: str
+    target: str
+    read_as: str
+    written_as: str
+    layers: int
+    checked: tuple[str, ...]
+
+
+class Source(QuantizedFolder):
+    """A quantized folder with what its model says: the sizes of its layers, and which linears are float."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        """Raises CheckpointError as `QuantizedFolder`, and where a layer is no linear of the model."""
+        super().__init__(folder)
+        self.model_config = model_config(folder, trust_remote_code)
+        if hasattr(self.model_config, "quantization_config"):
+            del self.model_config.quantization_config
+        self.model = skeleton(self.model_config, None, trust_remote_code)
+        shapes = {name: weight_of(linear).shape for name, linear in linears(self.model).items()}
+        unknown = [name for name in self.layers if name not in shapes]
+        if unknown:
+            raise CheckpointError(
+                f"{folder}: layer {unknown[0]!r} is no linear of {type(self.model).__name__}",
+                hint="experts that were taken apart have names only woq knows"
+                if "experts" in unknown[0]
+                else None,
+            )
+        self.shapes = {name: (int(n), int(k)) for name, (n, k) in shapes.items()}
+
+    def weight(self, name: str) -> QuantizedWeight:
+        """Layer `name`, unpacked."""
+        return self.packed(name, *self.shapes[name]).unpack()
+
+    def summary(self, form: Writer, to: str) -> Summary:
+        """Every layer's spec, after `form` was asked for each whether it can hold it. Reads all layers once.
+
+        Raises CheckpointError naming the first layer that it cannot hold, and why.
+        """
+        modules, specs = dict(self.model.named_modules()), dict[str, WeightSpec]()
+        for name in self.layers:
+            weight = self.weight(name)
+            own = "its name is only woq's: experts were taken apart" if name not in modules else None
+            reason = own or form.why_not(weight)
+            if reason is not None:
+                raise CheckpointError(f"layer {name!r} cannot be converted to {to} without loss: {reason}")
+            specs[name] = weight.spec
+        floats = tuple(name for name in self.shapes if name not in specs)
+        return Summary(specs, floats, self._head())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that are read, to know the same source again."""
+        files = {info.file for info in self.tensors.index.values()}
+        return {file.name: file.stat().st_size for file in sorted(files)}
+
+    def _head(self) -> str | None:
+        try:
+            return output_head(self.model)[0]
+        except QuantizationError:
+            return None
+
+
+def convert(
+    folder: Path,
+    target: Path,
+    to: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Conversion:
+    """Write the quantized model in `folder` to `target` in the format `to`, a name of `woq.interop.TARGETS`.
+
+    Raises ConfigError for an unknown format; CheckpointError where the source does not fit its model, where a layer
+    cannot be stored without loss (naming the layer and the condition), where `target` exists and `overwrite` is not
+    set, or where what was written reads back as something else.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"no format {to!r} to convert to", hint=f"one of {', '.join(TARGETS)}")
+    source, entry = Source(folder, trust_remote_code), TARGETS[to]
+    if entry.exporter is not None:
+        checked = load(entry.exporter)(source, target, overwrite=overwrite)
+    else:
+        checked = _write_folder(source, FolderWriter(target, resume=resume, overwrite=overwrite), to)
+    return Conversion(str(folder), str(target), source.reader.format, to, len(source.layers), checked)
+
+
+def _write_folder(source: Source, writer: FolderWriter, to: str) -> tuple[str, ...]:
+    form: Writer = load(str(TARGETS[to].writer))()
+    quantization = form.config(source.summary(form, to))
+    writer.begin(
+        {"convert": str(source.folder.resolve()), "sizes": source.sizes, "quantization_config": quantization}
+    )
+    parts = list(_parts(source))
+    for i, (layers, floats) in enumerate(parts):
+        if not writer.has_block(i):
+            writer.write_block(i, _tensors(source, form, layers, floats), {})
+    copy_small_files(source.folder, writer.partial)
+    config = read_json(source.folder / CONFIG)
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
+    checked = sample(list(source.layers))
+    writer.finish(
+        {}, config, quantization, len(parts), check=lambda partial: compare(source, partial, checked)
+    )
+    return checked
+
+
+def _parts(source: Source) -> Iterator[tuple[list[str], list[str]]]:
+    """(layers, float tensors) of about PART_BYTES each, in the order of the source's files."""
+    sizes: list[tuple[str, bool, int]] = [
+        (name, True, sum(info.bytes for info in headers.values())) for name, headers in source.layers.items()
+    ]
+    sizes += [(name, False, info.bytes) for name, info in source.floats.items()]
+    layers: list[str] = []
+    floats: list[str] = []
+    size = 0
+    for name, quantized, length in sizes:
+        if size and size + length > PART_BYTES:
+            yield layers, floats
+            layers, floats, size = [], [], 0
+        (layers if quantized else floats).append(name)
+        size += length
+    yield layers, floats
+
+
+def _tensors(source: Source, form: Writer, layers: list[str], floats: list[str]) -> Mapping[str, Tensor]:
+    """What a part of the target holds, by full name."""
+    tensors = {name: source.tensors.read(name) for name in floats}
+    for name in layers:
+        made = form.tensors(source.weight(name))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
+        expected = getattr(source.model.get_submodule(name), "bias", None) is not None
+        bias = source.bias(name, source.shapes[name][0], expected)
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias
+    return tensors
+
+
+# --- the check ---------------------------------------------------------------------------------------------------
+
+
+def sample(layers: list[str]) -> tuple[str, ...]:
+    """Some layers from the first to the last, evenly."""
+    step = max(1, -(-len(layers) // CHECKED_LAYERS))
+    return tuple(dict.fromkeys([*layers[::step], layers[-1]]))
+
+
+def compare(source: Source, written: Path, layers: tuple[str, ...]) -> None:
+    """Raises CheckpointError where a layer of the folder `written` is not bit for bit the source's."""
+    target = QuantizedFolder(written)
+    for name in layers:
+        ours = source.weight(name)
+        theirs = target.packed(name, *source.shapes[name]).unpack()
+        if not same(ours, theirs):
+            raise CheckpointError(
+                f"layer {name!r} of {written} reads back as something else",
+                hint="report this with the output of `woq inspect` on the source",
+            )
+
+
+def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether two weights have the same codes, scales, zero points and groups, bit for bit."""
+    return (
+        torch.equal(one.codes, other.codes)
+        and torch.equal(one.scales.float(), other.scales.float())
+        and torch.equal(one.zeros, other.zeros)
+        and torch.equal(one.groups_of_inputs(), other.groups_of_inputs())
+        and _plain(one.spec) == _plain(other.spec)
+    )
+
+
+def _plain(spec: WeightSpec) -> Any:
+    """A spec without what belongs to storage, or is a claim."""
+    return replace(spec, layout=WeightSpec.layout, scale_dtype=torch.float32, sym=True)
