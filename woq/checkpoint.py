@@ -70,34 +70,52 @@ def quantization_dict(
     Layers that differ from the folder's bits, group_size, sym or data type stand in `dynamic` by exact name; so do
     linears left in float, as GPTQModel and vLLM expect.
     """
+    settings = config.to_dict()
+    told = describe_specs(config, specs, skipped, lm_head=config.quant_lm_head, own_names=own_names)
+    return told | {
+        "true_sequential": bool(settings.get("true_sequential", False)),
+        "damp_percent": settings.get("damp_percent", 0.01),
+        "woq": {**told["woq"], "untied_head": untied_head, "config": settings},
+    }
+
+
+def describe_specs(
+    usual: QuantConfig | LayerSettings,
+    specs: Mapping[str, WeightSpec],
+    floats: Iterable[str],
+    *,
+    lm_head: bool,
+    own_names: bool = False,
+) -> dict[str, Any]:
+    """`quantization_dict` for weights that no config of ours made.
+
+    usual: what most layers have. floats: linears that are not quantized. lm_head: whether the output head is.
+    """
     layout = next(iter(specs.values())).layout
     common = all(s.bits in GPTQ_BITS for s in specs.values())
     plain = all(s.data_type == "int" and s.double_quant is None for s in specs.values())
     standard = layout.packing == "gptq" and common and plain and not own_names
     form = ("gptq" if layout.zero_offset else "gptq_v2") if standard else f"woq_{layout.packing}"
-    settings = config.to_dict()
     return {
         "quant_method": "gptq" if standard else "woq",
-        "bits": config.bits,
-        "group_size": config.group_size,
+        "bits": usual.bits,
+        "group_size": usual.group_size,
         "desc_act": any(s.desc_act for s in specs.values()),
-        "sym": config.sym,
+        "sym": usual.sym,
         "checkpoint_format": form,
         "format": form,
-        "lm_head": config.quant_lm_head,
-        "true_sequential": bool(settings.get("true_sequential", False)),
-        "damp_percent": settings.get("damp_percent", 0.01),
-        "dynamic": dynamic_rules(config, specs, skipped),
+        "lm_head": lm_head,
+        "true_sequential": False,
+        "damp_percent": 0.01,  # readers want it between 0 and 1, whatever the algorithm
+        "dynamic": _dynamic(usual, specs, floats),
         "provider": "woq",
         "woq": {
             "version": 1 if plain else 2,
             "packing": layout.packing,
             "zero_offset": layout.zero_offset,
-            "compression_dtype": config.compression_dtype,
+            "compression_dtype": str(layout.compression_dtype).removeprefix("torch."),
             "compression_dim": layout.compression_dim,
-            "untied_head": untied_head,
             **({} if plain else _beyond_version_1(specs)),
-            "config": settings,
         },
     }
 
@@ -116,10 +134,9 @@ def _usual_type(specs: Mapping[str, WeightSpec]) -> DataType:
     return Counter(s.data_type for s in specs.values()).most_common(1)[0][0]
 
 
-def dynamic_rules(
+def _dynamic(
     usual: QuantConfig | LayerSettings, specs: Mapping[str, WeightSpec], skipped: Iterable[str]
 ) -> dict[str, Any]:
-    """GPTQModel's `dynamic`: by exact name, the layers that differ from what is usual, and the linears left in float."""
     rules: dict[str, Any] = {}
     usual_type = _usual_type(specs)
     for name, spec in specs.items():

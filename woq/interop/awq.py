@@ -16,7 +16,7 @@ from torch import Tensor
 from woq import packing
 from woq.errors import CheckpointError
 from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, pack
-from woq.interop.gptq import multiples, usual_settings
+from woq.interop.gptq import usual_settings, whole_and_even
 from woq.weights import PackedWeight, QuantizedWeight
 
 BITS, PER_WORD = 4, 8
@@ -179,7 +179,7 @@ class AwqWriter(Writer):
         return first_refusal(
             (spec.bits == BITS, f"{spec.bits} bits: AWQ has 4"),
             (not spec.desc_act, "activation order (g_idx): AWQ has no place for it"),
-            *multiples(spec),
+            *whole_and_even(spec),
             (
                 torch.equal(scales.to(torch.float16).to(scales.dtype), scales),
                 f"scales are {scales.dtype}, and float16, all that AWQ has, changes them",

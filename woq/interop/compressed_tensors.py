@@ -18,7 +18,7 @@ from torch import Tensor
 from woq import packing
 from woq.errors import CheckpointError
 from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, order_of, pack
-from woq.interop.gptq import multiples
+from woq.interop.gptq import whole_and_even
 from woq.weights import PackedWeight, QuantizedWeight
 
 PACK_QUANTIZED = "pack-quantized"
@@ -192,7 +192,7 @@ class CompressedTensorsWriter(Writer):
         spec = weight.spec
         return first_refusal(
             (spec.bits in (4, 8), f"{spec.bits} bits: other widths mean two packings, and versions disagree"),
-            *multiples(spec),
+            *whole_and_even(spec),
         )
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from woq.interop.base import Summary, Writer
 from woq.interop.folder import QuantizedFolder
 from woq.loading import model_config, skeleton
 from woq.saving import copy_small_files
-from woq.weights import QuantizedWeight, WeightSpec
+from woq.weights import GPTQ_V2, QuantizedWeight, WeightSpec
 from woq.writer import FolderWriter
 
 PART_BYTES = 1 << 29
@@ -65,8 +65,9 @@ class Source(QuantizedFolder):
         self.shapes = {name: (int(n), int(k)) for name, (n, k) in shapes.items()}
 
     def weight(self, name: str) -> QuantizedWeight:
-        """Layer `name`, unpacked."""
-        return self.packed(name, *self.shapes[name]).unpack()
+        """Layer `name`, unpacked; scales that were stored as codes are what they decode to."""
+        weight = self.packed(name, *self.shapes[name]).unpack()
+        return replace(weight, spec=replace(weight.spec, double_quant=None), scale_codes=None)
 
     def summary(self, form: Writer, to: str) -> Summary:
         """Every layer's spec, after `form` was asked for each whether it can hold it. Reads all layers once.
@@ -209,4 +210,4 @@ def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
 
 def _plain(spec: WeightSpec) -> Any:
     """A spec without what belongs to storage, or is a claim."""
-    return replace(spec, layout=WeightSpec.layout, scale_dtype=torch.float32, sym=True)
+    return replace(spec, layout=GPTQ_V2, scale_dtype=torch.float32, sym=True)

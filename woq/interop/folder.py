@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from woq.checkpoint import TensorFolder, TensorInfo
+from woq.checkpoint import TensorFolder, TensorInfo, describe_specs
 from woq.errors import CheckpointError
 from woq.interop import find, reader_of
 from woq.interop.base import Layer
-from woq.interop.gptq import GptqReader, describe
+from woq.interop.gptq import GptqReader, usual_settings
 from woq.weights import PackedWeight, WeightSpec
 
 
@@ -65,7 +65,7 @@ class QuantizedFolder:
         """The `quantization_config` of what was read here, as it would be saved: in our layout, whoever wrote it."""
         if isinstance(self.reader, GptqReader) and "woq" in self.raw:
             return dict(self.raw)
-        return describe(specs)
+        return describe_specs(usual_settings(specs), specs, (), lm_head=False)
 
     @property
     def floats(self) -> dict[str, TensorInfo]:

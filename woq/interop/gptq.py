@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from woq import packing
-from woq.checkpoint import FORMAT_VERSION, GPTQ_BITS, FolderFormat, dynamic_rules
+from woq.checkpoint import GPTQ_BITS, FolderFormat, describe_specs
 from woq.configs.base import LayerSettings
 from woq.interop.base import Found, Layer, Reader, Summary, Writer, first_refusal
-from woq.weights import GPTQ_V1, GPTQ_V2, Layout, PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import GPTQ_V1, GPTQ_V2, TENSORS, Layout, PackedWeight, QuantizedWeight, WeightSpec
 
 BLOCK = 32  # codes that other packers handle at once: both sides of a matrix must be multiples
 
@@ -32,6 +32,7 @@ class GptqReader(Reader):
     """GPTQ v1, v2, and the folders of this package."""
 
     format: ClassVar[str] = "gptq"
+    parts: ClassVar[tuple[str, ...]] = TENSORS
 
     def __init__(self, found: Found) -> None:
         super().__init__(found)
@@ -94,6 +95,7 @@ def _writer(raw: Mapping[str, Any]) -> str | None:
 
 def add_to_words(packed: PackedWeight) -> PackedWeight:
     """A v1 weight whose writer subtracted 1 from every field by arithmetic on whole words, as v2."""
+    assert packed.qzeros is not None  # v1 folders of others hold whole numbers
     ones = packing.pack_dense(torch.ones(BLOCK, 1, dtype=torch.uint8), packed.spec.bits).flatten()
     count = packed.qzeros.shape[1] // packed.spec.bits
     words = packed.qzeros + ones.repeat(count).to(packed.qzeros.device)  # int32: wraps
@@ -103,7 +105,7 @@ def add_to_words(packed: PackedWeight) -> PackedWeight:
 def as_the_zeros_say(packed: PackedWeight) -> PackedWeight:
     """A weight that calls itself symmetric but has other zero points is not: backends would pass over them."""
     spec = packed.spec
-    if not spec.sym or spec.layout.packing != "gptq":
+    if not spec.sym or spec.layout.packing != "gptq" or packed.qzeros is None:
         return packed
     stored = packing.unpack_dense(packed.qzeros.t(), spec.bits, spec.out_features)
     middle = (1 << (spec.bits - 1)) - spec.layout.zero_offset
@@ -123,7 +125,7 @@ class GptqWriter(Writer):
         spec = weight.spec
         return first_refusal(
             (spec.bits in GPTQ_BITS, f"{spec.bits} bits: GPTQ folders have {list(GPTQ_BITS)}"),
-            *multiples(spec),
+            *whole_and_even(spec),
             (
                 not self.layout.zero_offset or bool(weight.zeros.all()),
                 "a zero point is 0, which v1 readers take for 2^bits or for a borrow: convert to gptq_v2",
@@ -134,46 +136,9 @@ class GptqWriter(Writer):
         return replace(weight, spec=replace(weight.spec, layout=self.layout)).pack().tensors()
 
     def config(self, summary: Summary) -> dict[str, Any]:
-        usual = usual_settings(summary.specs)
-        form = "gptq" if self.layout.zero_offset else "gptq_v2"
-        return {
-            "quant_method": "gptq",
-            "bits": usual.bits,
-            "group_size": usual.group_size,
-            "desc_act": any(spec.desc_act for spec in summary.specs.values()),
-            "sym": usual.sym,
-            "checkpoint_format": form,
-            "format": form,
-            "lm_head": summary.head in summary.specs,
-            "true_sequential": False,
-            "damp_percent": 0.01,
-            "dynamic": dynamic_rules(usual, summary.specs, [n for n in summary.floats if n != summary.head]),
-            "provider": "woq",
-        }
-
-
-def describe(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
-    """The `quantization_config` of layers that were read from elsewhere and stand in our layout now.
-
-    What only we would read (other widths, data types) calls itself "woq", as in `checkpoint.quantization_dict`.
-    """
-    layout = next(iter(specs.values())).layout
-    config = GptqWriter(layout).config(Summary(specs))
-    if all(spec.bits in GPTQ_BITS for spec in specs.values()):
-        return config
-    own = {
-        "version": FORMAT_VERSION,
-        "packing": layout.packing,
-        "zero_offset": layout.zero_offset,
-        "compression_dtype": "int32",
-        "compression_dim": layout.compression_dim,
-    }
-    return config | {
-        "quant_method": "woq",
-        "checkpoint_format": "woq_gptq",
-        "format": "woq_gptq",
-        "woq": own,
-    }
+        specs = {name: replace(spec, layout=self.layout) for name, spec in summary.specs.items()}
+        floats = [name for name in summary.floats if name != summary.head]
+        return describe_specs(usual_settings(specs), specs, floats, lm_head=summary.head in specs)
 
 
 def usual_settings(specs: Mapping[str, WeightSpec]) -> LayerSettings:
@@ -184,10 +149,11 @@ def usual_settings(specs: Mapping[str, WeightSpec]) -> LayerSettings:
     return counted.most_common(1)[0][0]
 
 
-def multiples(spec: WeightSpec) -> tuple[tuple[bool, str], ...]:
-    """What packers and kernels of GPTQ's layout ask of the sizes."""
+def whole_and_even(spec: WeightSpec) -> tuple[tuple[bool, str], ...]:
+    """What every format of integer codes asks: whole numbers, and sizes that packers and kernels take."""
     n, k, size = spec.out_features, spec.in_features, spec.group_size
     return (
+        (spec.data_type == "int", f"the data type {spec.data_type!r}: only whole numbers can be told"),
         (k % BLOCK == 0, f"in_features {k} is no multiple of {BLOCK}"),
         (n % BLOCK == 0, f"out_features {n} is no multiple of {BLOCK}"),
         (k % size == 0, f"group_size {size} does not divide in_features {k}: the last group is short"),
