@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from woq.hooks import install
+
 if TYPE_CHECKING:
+    from woq.compat.quantizer import WoqConfig
     from woq.configs import (
         AutoRoundConfig,
         AwqConfig,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "woq.compat.quantizer": ("WoqConfig",),
     "woq.configs": (
         "AutoRoundConfig",
         "AwqConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "QuantizationError",
     "RtnConfig",
     "TeqConfig",
+    "WoqConfig",
     "WoqError",
     "__version__",
     "config_from_dict",
@@ -91,3 +96,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+install()

@@ -53,6 +53,11 @@ class QuantLinear(nn.Module):
         """The name of the backend in use; None before the first input."""
         return None if self._backend is None else self._backend.name
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, on the device that the layer runs on: PEFT and others look here for it."""
+        return self.packed.qweight if self._target is None else self.packed.qweight.to(self._target.device)
+
     def prepare(self, target: Target) -> None:
         """Choose a backend for `target` and give it the weight. Raises BackendError where there is none."""
         self._backend = choose(self.spec, target, self.requested_backend)

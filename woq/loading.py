@@ -193,13 +193,11 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
     dtype: of the float parameters; None keeps what is stored. Raises CheckpointError where the folder's tensors and
     the model do not fit each other.
     """
-    source = QuantizedFolder(folder)
     config = model_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for its own quantizer
     model = skeleton(config, dtype, trust_remote_code)
-    _unfuse_like(model, source.tensors)
-    specs = _place_quantized(model, source, backend)
+    source, specs = place_layers(model, folder, backend)
     _place_floats(model, source.floats, source.tensors, dtype)
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
@@ -210,6 +208,19 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
     _load_generation_config(model, folder)
     model.config.quantization_config = source.description(specs)
     return model.eval().requires_grad_(False)
+
+
+def place_layers(
+    model: Any, folder: Path, backend: str
+) -> tuple[QuantizedFolder, dict[str, WeightSpec]]:
+    """Put a `QuantLinear` into `model`, in place, wherever `folder` has packed tensors.
+
+    Returns the folder, and what each layer is. Raises CheckpointError where the folder's tensors and the model do not
+    fit each other.
+    """
+    source = QuantizedFolder(folder)
+    _unfuse_like(model, source.tensors)
+    return source, _place_quantized(model, source, backend)
 
 
 def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from woq.backends import refusals
 from woq.backends.base import Target
-from woq.configs import QuantConfig, config_from_dict
+from woq.configs import QuantConfig, as_config, config_from_dict
 from woq.device import available_devices, quantization_device
 from woq.errors import CheckpointError, ConfigError
 from woq.interop import find
@@ -37,7 +37,7 @@ class AutoModelForCausalLM:
         cls,
         path: str | Path,
         *,
-        quantization_config: QuantConfig | dict[str, Any] | None = None,
+        quantization_config: Any = None,
         calibration: Any = None,
         tokenizer: Any = None,
         device_map: str | torch.device | None = None,
@@ -52,7 +52,8 @@ class AutoModelForCausalLM:
 
         Args:
             path: a folder or a hub id.
-            quantization_config: quantize with this. Refused for a folder that is quantized already.
+            quantization_config: quantize with this: a config of ours, a dict, or transformers' GPTQConfig, AwqConfig,
+                AutoRoundConfig or BitsAndBytesConfig. Refused for a folder that is quantized already.
             calibration, tokenizer: as in `woq.quantization.quantize`; the tokenizer in `path` is found by itself.
             device_map: the one device the model runs on ("cpu", "cuda", "cuda:1", "xpu"); None or "auto": the best.
             dtype: of activations and of what stays float. "auto": what is stored, but bfloat16 in place of float16
@@ -142,7 +143,7 @@ def quantize_folder(
             model,
             config,
             calibration,
-            tokenizer=tokenizer or _tokenizer(folder),
+            tokenizer=tokenizer or tokenizer_of(folder),
             progress=bars,
             writer=writer,
         )
@@ -150,19 +151,17 @@ def quantize_folder(
     return report
 
 
-def _quantize_now(
-    folder: Path, given: QuantConfig | dict[str, Any], *, offload: Offload, **options: Any
-) -> Any:
+def _quantize_now(folder: Path, given: Any, *, offload: Offload, **options: Any) -> Any:
     """Load a float model and quantize it in memory."""
     from woq.quantization import quantize
 
-    config = config_from_dict(given) if isinstance(given, dict) else given
+    config = as_config(given)
     device = quantization_device(config.device)
     trust, dtype = options["trust_remote_code"], _compute_dtype(options["dtype"], options["stored"], device)
     model = load_float(
         folder, dtype=dtype, device=device, offload=offload, blocks=config.blocks, trust_remote_code=trust
     )
-    tokenizer = options["tokenizer"] or _tokenizer(folder)
+    tokenizer = options["tokenizer"] or tokenizer_of(folder)
     with options["progress"] or ConsoleProgress() as bars:
         report = quantize(model, config, options["calibration"], tokenizer=tokenizer, progress=bars)
     model.quantization_report = report
@@ -253,7 +252,7 @@ def as_dtype(requested: torch.dtype | str) -> torch.dtype | None:
     return value
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
     """The tokenizer in `folder`, or None where there is none: token ids need none."""
     if not any(folder.glob("tokenizer*")):
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.hub import convert_file_size_to_int
 
 from woq.blocks import find_blocks
 from woq.checkpoint import quantization_dict
@@ -19,7 +20,7 @@ from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
 from woq.moe import UnfusedExperts
 from woq.report import Report
-from woq.writer import FolderWriter, explaining, write_json
+from woq.writer import SHARD_BYTES, FolderWriter, explaining, write_json
 
 REPORT, LAYERS = "quantization_report.json", "quantization_layers.csv"
 
@@ -34,29 +35,56 @@ _TOKENIZER_FILES = (
 _OTHER_FILES = ("generation_config.json", "chat_template*", "*.py")
 
 
-def save_pretrained(model: Any, folder: str | Path, *, overwrite: bool = True, **unused: Any) -> None:
+def save_pretrained(
+    model: Any,
+    folder: str | Path,
+    *,
+    overwrite: bool = True,
+    max_shard_size: int | str | None = None,
+    **unused: Any,
+) -> None:
     """Write a quantized model to `folder`, whole or not at all.
 
     Bound to models by our `from_pretrained`, in place of transformers' method. overwrite: replace what is there,
-    as transformers does. Raises CheckpointError where the model is not quantized or the disk is full, and for
-    arguments of transformers' method that would be ignored.
+    as transformers does. max_shard_size: of a file, in bytes or as "5GB"; None: 2 GiB. Raises CheckpointError where
+    the model is not quantized or the disk is full, and for arguments of transformers' method that would be ignored.
     """
     raw = getattr(model.config, "quantization_config", None)
+    if raw is not None and hasattr(raw, "to_dict"):
+        raw = raw.to_dict()  # loaded by transformers: a WoqConfig
     if not isinstance(raw, dict) or not any(isinstance(m, QuantLinear) for m in model.modules()):
         raise CheckpointError(
             "the model holds no quantized layer", hint="quantize it first, or use transformers to save it"
         )
     if unused:
-        raise CheckpointError(f"save_pretrained takes no {sorted(unused)} for a quantized model")
-    writer = FolderWriter(Path(folder), overwrite=overwrite)
+        hint = "model.push_to_hub(repo_id)" if "push_to_hub" in unused else None
+        raise CheckpointError(f"save_pretrained takes no {sorted(unused)} for a quantized model", hint=hint)
+    shard_bytes = SHARD_BYTES if max_shard_size is None else int(convert_file_size_to_int(max_shard_size))
+    writer = FolderWriter(Path(folder), overwrite=overwrite, shard_bytes=shard_bytes)
     try:
         writer.begin({})
         if getattr(model, "generation_config", None) is not None:
             with explaining(writer.partial):
                 model.generation_config.save_pretrained(writer.partial)
-        writer.finish(_state(model), model_dict(model), raw, blocks=0)
+        *parts, rest = _parts(_state(model), shard_bytes)
+        for i, part in enumerate(parts):
+            writer.write_block(i, part, {})
+        writer.finish(rest, model_dict(model), raw, blocks=len(parts))
     finally:  # the model is still in memory: what was begun is worth nothing, and would block the next attempt
         shutil.rmtree(writer.partial, ignore_errors=True)
+
+
+def _parts(state: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """`state` in parts of at most `size` bytes, or of one tensor that is larger."""
+    parts, used = [dict[str, Tensor]()], 0
+    for name, tensor in state.items():
+        length = tensor.numel() * tensor.element_size()
+        if parts[-1] and used + length > size:
+            parts.append({})
+            used = 0
+        parts[-1][name] = tensor
+        used += length
+    return parts
 
 
 def finish_folder(

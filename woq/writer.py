@@ -84,11 +84,14 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class FolderWriter:
     """A quantized folder in the making."""
 
-    def __init__(self, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Raises CheckpointError, before any work, where the folder exists and `overwrite` is not set, or where an
+    def __init__(
+        self, folder: Path, *, resume: bool = False, overwrite: bool = False, shard_bytes: int | None = None
+    ) -> None:
+        """shard_bytes: about the most in a file; None: SHARD_BYTES. Raises CheckpointError, before any work, where the folder exists and `overwrite` is not set, or where an
         unfinished run exists and `resume` is not set."""
         self.folder = folder
         self.partial = folder.with_name(f"{folder.name}.partial")
+        self.shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file", hint="pass the name of a folder")
         if folder.exists() and not overwrite and any(folder.iterdir()):
@@ -187,12 +190,12 @@ class FolderWriter:
         shutil.rmtree(old)
 
     def _gather(self, files: int) -> None:
-        """Merge block files, in order, into shards of at most about SHARD_BYTES; read through the page cache."""
+        """Merge block files, in order, into shards of at most about `shard_bytes`; read through the page cache."""
         shards: list[list[Path]] = []
         size = 0
         for file in map(self._block_file, range(files)):
             length = file.stat().st_size
-            if not shards or size + length > SHARD_BYTES:
+            if not shards or size + length > self.shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(file)

@@ -10,6 +10,7 @@ from woq.configs.autoround import AutoRoundConfig
 from woq.configs.awq import AwqConfig
 from woq.configs.base import CalibratedConfig, LayerSettings, Override, QuantConfig
 from woq.configs.gptq import GPTQConfig
+from woq.configs.peers import from_bitsandbytes, is_bitsandbytes
 from woq.configs.presets import PRESETS
 from woq.configs.rtn import RtnConfig
 from woq.configs.teq import TeqConfig
@@ -28,6 +29,7 @@ __all__ = [
     "QuantConfig",
     "RtnConfig",
     "TeqConfig",
+    "as_config",
     "config_from_dict",
     "preset",
 ]
@@ -42,9 +44,30 @@ CONFIGS: dict[str, type[QuantConfig]] = {
 
 
 def config_from_dict(data: Mapping[str, Any]) -> QuantConfig:
-    """The config that `data` describes, of the class its "quant_method" names. Raises ConfigError."""
+    """The config that `data` describes, of the class its "quant_method" names. Raises ConfigError.
+
+    transformers' GPTQConfig, AwqConfig, AutoRoundConfig and BitsAndBytesConfig are read by their `to_dict()`.
+    """
+    if is_bitsandbytes(data):
+        data = from_bitsandbytes(data)
     method = canonical("config", {"quant_method": data.get("quant_method")}).get("quant_method")
     return _config_class(method).from_dict(data)
+
+
+def as_config(given: Any) -> QuantConfig:
+    """One of our configs, a dict, or a quantization config object of transformers as one of ours. Raises ConfigError."""
+    if isinstance(given, QuantConfig):
+        return given
+    if isinstance(given, Mapping):
+        return config_from_dict(given)
+    data: Mapping[str, Any] = getattr(given, "to_dict", dict)()
+    if "quant_method" not in data:
+        raise ConfigError(
+            f"quantization_config is a {type(given).__name__}",
+            hint="one of woq's configs, a dict, or transformers' GPTQConfig, AwqConfig, AutoRoundConfig or "
+            "BitsAndBytesConfig",
+        )
+    return config_from_dict(data)
 
 
 def preset(name: str, quant_method: str = "gptq", **changes: Any) -> QuantConfig:

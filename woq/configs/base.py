@@ -27,6 +27,7 @@ from pydantic import (
 
 from woq.configs.aliases import aliases_of, canonical
 from woq.configs.explain import explain
+from woq.configs.peers import from_transformers
 from woq.configs.types import (
     Bits,
     ComputeDtype,
@@ -137,7 +138,9 @@ class QuantConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_peers_names(cls, data: Any) -> Any:
-        return canonical(cls.__name__, data) if isinstance(data, Mapping) else data
+        if not isinstance(data, Mapping):
+            return data
+        return canonical(cls.__name__, from_transformers(cls.__name__, data))
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

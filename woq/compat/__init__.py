@@ -1,0 +1,1 @@
+"""Doors for users who come from another library: what they import there, on our own API."""
