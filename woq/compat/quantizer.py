@@ -194,8 +194,8 @@ class _Slot(nn.Module):
         self._held = (layer,)  # in a tuple, so that it is no submodule
         self.register_parameter("bias", layer.bias)
         # Some models' initialization reaches into the linears of a block; this says that there is nothing to do.
-        self.weight: Any = torch.empty(0)
-        self.weight._is_hf_initialized = True
+        self.weight = torch.empty(0)
+        self.weight.__dict__["_is_hf_initialized"] = True
 
     def filled(self) -> nn.Module:
         """The layer, with the bias that was loaded."""
