@@ -210,9 +210,7 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
     return model.eval().requires_grad_(False)
 
 
-def place_layers(
-    model: Any, folder: Path, backend: str
-) -> tuple[QuantizedFolder, dict[str, WeightSpec]]:
+def place_layers(model: Any, folder: Path, backend: str) -> tuple[QuantizedFolder, dict[str, WeightSpec]]:
     """Put a `QuantLinear` into `model`, in place, wherever `folder` has packed tensors.
 
     Returns the folder, and what each layer is. Raises CheckpointError where the folder's tensors and the model do not

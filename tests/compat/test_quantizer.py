@@ -18,6 +18,7 @@ from torch import nn
 
 import woq
 from woq.errors import CheckpointError, ConfigError
+from woq.interop.convert import convert
 from woq.linear import QuantLinear
 
 IDS = torch.arange(48).reshape(2, 24) % 120 + 3
@@ -99,6 +100,16 @@ def test_a_gptq_folder_of_others(
     strip(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_awq_folder(tiny_model: Callable[[str], nn.Module], tmp_path: Path) -> None:
+    expected = folder(tiny_model, tmp_path / "ours", "llama", sym=False)
+    convert(tmp_path / "ours", tmp_path / "awq", "awq")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "awq")
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "again")  # in our layout
+    again = woq.AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu")
+    torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_where_gptqmodel_is_installed_folders_of_others_stay_with_it(
