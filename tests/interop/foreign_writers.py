@@ -201,3 +201,39 @@ def compressed_tensors(w: Plain, packer: Packer = bit_string) -> dict[str, Tenso
     if not w.trivial:
         tensors["weight_g_idx"] = w.g_idx.to(torch.int32)
     return tensors
+
+
+def auto_round_words_minus_one(w: Plain) -> dict[str, Tensor]:
+    """auto-round's auto_gptq packer: zero points minus 1, summed into words without a mask. No g_idx."""
+    tensors = gptqmodel_v1(w)
+    del tensors["g_idx"]
+    return tensors
+
+
+def inc_optimum(w: Plain) -> dict[str, Tensor]:
+    """neural-compressor's optimum layout: whole codes a word, zero points minus 1, a g_idx and a bias always."""
+    rows, columns = w.codes.shape
+    stored = (w.zeros - 1) % (1 << w.bits)
+    return {
+        "qweight": pack_columns(w.codes.t(), w.bits, in_words),
+        "qzeros": pack_rows(stored.t(), w.bits, in_words),
+        "scales": w.scales.t().contiguous(),
+        "g_idx": torch.zeros(columns, dtype=torch.int32) if w.trivial else w.g_idx.to(torch.int32),
+        "bias": torch.zeros(rows, dtype=torch.float16),
+        "scale_bf16_to_fp8": torch.ones(1, dtype=torch.bfloat16),
+    }
+
+
+def inc_plain(w: Plain, width: int, dim: int) -> dict[str, Tensor]:
+    """neural-compressor's plain layout: signed codes and no zero points where symmetric."""
+    dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+
+    def packed(matrix: Tensor) -> Tensor:
+        along = matrix if dim == 1 else matrix.t()
+        words = torch.tensor([in_words(row.tolist(), w.bits, width) for row in along], dtype=dtype)
+        return words if dim == 1 else words.t()
+
+    if not w.sym:
+        return {"qweight": packed(w.codes), "qzeros": packed(w.zeros), "scales": w.scales.float()}
+    signed_codes = (w.codes - (1 << (w.bits - 1))) % (1 << w.bits)
+    return {"qweight": packed(signed_codes), "scales": w.scales.float()}

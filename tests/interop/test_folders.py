@@ -46,6 +46,12 @@ CT = {
     "ignore": ["lm_head"],
 }
 
+QCONFIG = {
+    f"('model.layers.{i}.{name}', 'Linear')": {"rtn": {"dtype": "int", "bits": 4, "group_size": 32, "use_sym": False}}
+    for i in range(2)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+}  # fmt: skip
+
 
 def v1(plain: foreign.Plain) -> dict[str, Tensor]:
     return foreign.gptq(plain, 1)
@@ -93,6 +99,22 @@ FOLDERS: dict[str, tuple[str, Write, dict[str, Any]]] = {
         foreign.awq_gemv,
         {"description": ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMV"})},
     ),
+    "auto-round": (
+        "auto-round",
+        foreign.auto_round_words_minus_one,
+        {"config": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32, "sym": False}},
+    ),
+    "neural-compressor, transformers-like": (
+        "inc",
+        foreign.inc_optimum,
+        {"config": {"quant_method": "rtn", "bits": 4, "group_size": 32, "sym": False, "compute_dtype": "fp32"}},
+    ),
+    "neural-compressor, torch API": (
+        "inc-torch",
+        lambda w: foreign.inc_plain(w, 32, 1),
+        {"description": ("qconfig.json", QCONFIG), "file": "quantized_weight.pt"},
+    ),
+    "IPEX": ("ipex", foreign.inc_optimum, {"file": "gptq_checkpoint_g32.pt"}),
     "compressed-tensors": ("compressed-tensors", foreign.compressed_tensors, {"config": CT}),
 }  # fmt: skip
 
@@ -179,6 +201,16 @@ MALFORMED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("AutoAWQ gemm", _edit("model.safetensors", lambda t: t.pop(f"{Q}.scales")), rf"layer '{Q}': tensor 'scales' is missing"),
     ("AutoAWQ gemm", _edit("model.safetensors", lambda t: t.update({f"{Q}.bias": torch.ones(96)})), rf"layer '{Q}': a bias stored, the model has none"),
     ("AutoAWQ gemm", _edit("model.safetensors", lambda t: [t.pop(n) for n in list(t) if ".q" in n]), "no quantized layer is there"),
+    ("auto-round", _config(packing_format="auto_round:fp8"), "packing_format 'auto_round:fp8' is not known"),
+    ("auto-round", _config(extra_config={".*": {"bits": 5}}), r"bits 5, group_size 32: auto-round's layouts"),
+    ("auto-round", _config(extra_config=[1]), r"extra_config is \[1\]"),
+    ("neural-compressor, transformers-like", _config(bits=9), "bits 9, expected 2 to 8"),
+    ("neural-compressor, transformers-like", _config(bits=8), r"qweight is \[12, 64\]: 12 words for 96 codes"),
+    ("neural-compressor, torch API", _describe("qconfig.json", '{"a": {}}'), "'a' is no"),
+    ("neural-compressor, torch API", _describe("qconfig.json", json.dumps(dict(list(QCONFIG.items())[:3]))), "says dtype None"),
+    ("IPEX", lambda f: (f / "gptq_checkpoint_g32.pt").rename(f / "gptq_checkpoint_g64.pt"), "qzeros is"),
+    ("IPEX", lambda f: torch.save({}, f / "gptq_checkpoint_g64.pt"), "several checkpoints"),
+    ("IPEX", lambda f: torch.save({"a.qweight": torch.zeros(3, 3, dtype=torch.int32)}, f / "gptq_checkpoint_g32.pt"), "'a' is no linear"),
     ("compressed-tensors", _config(config_groups={}), "config_groups is {}"),
     ("compressed-tensors", _config(config_groups={"g": {"targets": ["Linear"]}}), r"config_groups\.g is malformed"),
     ("compressed-tensors", _config(format="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized': not weight-only integers"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.interop import foreign_writers as foreign
 from tests.interop.foreign_writers import Plain, random_plain
 from woq.checkpoint import TensorInfo
+from woq.codebooks import VALUES
 from woq.errors import CheckpointError
 from woq.interop import TARGETS, load, reader_of
 from woq.interop.base import Found, Layer, Summary, Writer
@@ -48,10 +49,14 @@ def _name(tensor: Tensor) -> str:
 
 
 def read(
-    raw: dict[str, Any], tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str = "a.q"
+    raw: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    name: str = "a.q",
+    where: Path = HERE,
 ) -> QuantizedWeight:
     """Layer `name` of a folder with this description."""
-    reader = reader_of(Found(Path(), HERE, raw, ()))
+    reader = reader_of(Found(Path(), where, raw, (where,)))
     memory = Memory({f"{name}.{part}": tensor for part, tensor in tensors.items()})
     headers = reader.layers(memory.index)[name]
     return reader.read(Layer(name, *shape, headers, memory)).unpack()  # type: ignore[arg-type]
@@ -149,6 +154,43 @@ FORMS: dict[
 }
 
 
+def ar_config(plain: Plain, packing: str) -> dict[str, Any]:
+    return {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": plain.bits,
+        "group_size": plain.group_size,
+        "sym": plain.sym,
+    }
+
+
+def inc_config(plain: Plain) -> dict[str, Any]:
+    own = {"compute_dtype": "fp32", "weight_dtype": "int4", "quant_lm_head": False}
+    return {
+        "quant_method": "rtn",
+        "bits": plain.bits,
+        "group_size": plain.group_size,
+        "sym": plain.sym,
+        **own,
+    }
+
+
+FORMS |= {
+    "auto_round": ((2, 3, 4, 8), False, lambda w: ar_config(w, "auto_round"), lambda w: without(foreign.gptq(w, 0), "g_idx")),
+    "auto_round:gptqmodel": ((2, 3, 4, 8), True, lambda w: ar_config(w, "auto_round:gptqmodel"), lambda w: foreign.gptq(w, 0)),
+    "auto_round:auto_gptq": (
+        (2, 3, 4, 8), False, lambda w: ar_config(w, "auto_round:auto_gptq"), foreign.auto_round_words_minus_one,
+    ),
+    "auto_round:auto_awq": ((4,), False, lambda w: ar_config(w, "auto_round:auto_awq"), foreign.awq_gemm),
+    "inc optimum": ((2, 3, 4, 5, 6, 7, 8), True, inc_config, foreign.inc_optimum),
+}  # fmt: skip
+
+
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    del tensors[name]
+    return tensors
+
+
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
@@ -179,6 +221,87 @@ def test_llm_awq_is_gemv_fast_under_another_name() -> None:
     tensors["scaled_zeros"] = tensors.pop("qzeros")
     config = {"quant_method": "awq", "backend": "llm-awq", "w_bit": 4, "q_group_size": 64}
     assert_is(read(config, tensors, (32, 128)), plain)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_inc_plain_layout(data: st.DataObject) -> None:
+    """Words of every width along either dimension; the description stands in qconfig.json, by layer."""
+    width, dim = data.draw(st.sampled_from([8, 16, 32, 64])), data.draw(st.sampled_from([0, 1]))
+    bits, sym = data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    plain = random_plain(64, 96, bits=bits, group_size=32, sym=sym, seed=data.draw(st.integers(0, 99)))
+    got = read_inc_torch(
+        {"dtype": "int", "bits": bits, "group_size": 32}, foreign.inc_plain(plain, width, dim), (64, 96)
+    )
+    assert torch.equal(got.codes.long(), plain.codes) and torch.equal(got.zeros.long(), plain.zeros)
+    assert torch.equal(got.dequantize(), plain.dequantize())
+
+
+def read_inc_torch(
+    values: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int]
+) -> QuantizedWeight:
+    raw = {"('a.q', 'Linear')": {"rtn": values}}
+    return read(raw, tensors, shape, where=Path("qconfig.json"))
+
+
+def test_inc_torch_knows_the_optimum_layout_by_its_shapes() -> None:
+    plain = random_plain(64, 64, sym=False)
+    assert_is(
+        read_inc_torch({"dtype": "int4", "bits": 4, "group_size": 32}, foreign.inc_optimum(plain), (64, 64)),
+        plain,
+    )
+
+
+# neural-compressor's numbering, as its own source documents it: the value of each signed code
+INC_NF4 = dict(zip((7, 1, 2, 3, 4, 5, 6, 0, -8, -7, -6, -5, -4, -3, -2, -1), VALUES["nf4"], strict=True))
+INC_FP4 = {0: 0.0, 1: 0.0625, 2: 8.0, 3: 12.0, 4: 4.0, 5: 6.0, 6: 2.0, 7: 3.0}
+INC_FP4 |= {-7: -0.0625, -2: -8.0, -3: 0.0} | {-1: -3.0, -4: -4.0, -3: -6.0, -6: -8.0, -5: -12.0, -2: -2.0}
+INC_E2M1 = {0: 0.0, 1: 0.0625, 2: 1.0, 3: 1.5, 4: 2.0, 5: 3.0, 6: 4.0, 7: 6.0}
+INC_E2M1 |= {-7: -0.0625, -6: -1.0, -5: -1.5, -4: -2.0, -3: -3.0, -2: -4.0, -1: -6.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "book"), [("nf4", INC_NF4), ("fp4", INC_FP4), ("fp4_e2m1_bnb", INC_FP4), ("fp4_e2m1", INC_E2M1)]
+)
+def test_inc_codebooks(name: str, book: dict[int, float]) -> None:
+    signed = sorted(book)
+    if name == "fp4_e2m1":  # its 0.0625 is no value of E2M1
+        signed = [code for code in signed if abs(book[code]) != 0.0625]
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.tensor(signed)[torch.randint(0, len(signed), (32, 64), generator=generator)]
+    scales = torch.rand(32, 2, generator=generator) + 0.5
+    plain = Plain(4, 32, (chosen + 8) % 16, scales, torch.full((32, 2), 8), torch.arange(64) // 32)
+    tensors = foreign.inc_plain(plain, 32, 1)  # codes less 8, modulo 16: the signed codes in their field
+    got = read_inc_torch({"dtype": name, "bits": 4, "group_size": 32}, tensors, (32, 64))
+    values = torch.tensor([[book[int(code)] for code in row] for row in chosen])
+    torch.testing.assert_close(got.dequantize(), values * scales.repeat_interleave(32, 1), rtol=1e-6, atol=0)
+
+
+def test_incs_0_0625_is_refused_in_e2m1() -> None:
+    plain = Plain(
+        4, 32, torch.full((32, 32), 9), torch.ones(32, 1), torch.full((32, 1), 8), torch.zeros(32).long()
+    )
+    with pytest.raises(CheckpointError, match=r"0\.0625 where the standard's E2M1 has 0\.5"):
+        read_inc_torch(
+            {"dtype": "fp4_e2m1", "bits": 4, "group_size": 32}, foreign.inc_plain(plain, 32, 1), (32, 32)
+        )
+
+
+def test_auto_round_settings_by_layer() -> None:
+    plain = random_plain(32, 64, bits=8)
+    config = {
+        **ar_config(plain, "auto_round"),
+        "bits": 4,
+        "extra_config": {".*q": {"bits": 8}, "a.k": {"bits": 2}},
+    }
+    assert_is(read(config, foreign.gptq(plain, 0), (32, 64)), plain)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq"])
+def test_auto_round_symmetric_constant_says_its_convention(packing: str, offset: int) -> None:
+    plain = random_plain(32, 64)
+    assert_is(read(ar_config(plain, packing), foreign.gptq(plain, offset), (32, 64)), plain)
 
 
 # --- what folders claim and what is so ---------------------------------------------------------------------------
@@ -222,6 +345,7 @@ BY_HAND: dict[str, Callable[[Plain], dict[str, Tensor]]] = {
     "gptq_v2": lambda w: foreign.gptq(w, 0),
     "awq": foreign.awq_gemm,
     "compressed-tensors": foreign.compressed_tensors,
+    "auto-round": lambda w: without(foreign.gptq(w, 1), "g_idx"),
 }
 
 
@@ -312,8 +436,8 @@ BAD: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("awq gemv_fast", _with("qzeros", lambda t: t * 100), "gives no whole zero points"),
     ("compressed-tensors", _without("weight_scale"), "tensor 'weight_scale' is missing"),
     ("compressed-tensors", _with("weight_shape", lambda t: t + 1), r"weight_shape is \[33, 65\], the model has"),
-    ("compressed-tensors", _with("weight_packed", lambda t: t[:, :-1]), r"weight_packed is \[32, 7\]: 7 words a row"),
-    ("compressed-tensors", _with("weight_packed", lambda t: t[:-1]), r"weight_packed is \[31, 8\], expected 32 rows"),
+    ("compressed-tensors", _with("weight_packed", lambda t: t[:, :-1]), r"weight_packed is \[32, 7\]: 7 words for 64 codes"),
+    ("compressed-tensors", _with("weight_packed", lambda t: t[:-1]), r"weight_packed is \[31, 8\], expected 2 dimensions, 32"),
     ("compressed-tensors", _with("weight_packed", lambda t: t.flatten()), r"weight_packed is \[256\]"),
     ("compressed-tensors", _with("weight_zero_point", lambda t: t[:-1]), "weight_zero_point is"),
     ("gptq", _with("g_idx", lambda t: t + 9), "g_idx names groups 9 to 10 of 2"),

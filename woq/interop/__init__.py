@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # The first that knows a folder reads it: those with a mark of their own come before those told by few keys.
 READERS: dict[str, str] = {
     "compressed-tensors": "woq.interop.compressed_tensors:CompressedTensorsReader",
+    "auto-round": "woq.interop.auto_round:AutoRoundReader",
+    "inc": "woq.interop.inc:IncReader",
+    "inc-torch": "woq.interop.inc:IncTorchReader",
+    "ipex": "woq.interop.ipex:IpexReader",
     "awq": "woq.interop.awq:AwqReader",
     "gptq": "woq.interop.gptq:GptqReader",
 }
@@ -38,6 +42,7 @@ TARGETS: dict[str, Target] = {
     "gptq_v2": Target(writer="woq.interop.gptq:v2"),
     "awq": Target(writer="woq.interop.awq:AwqWriter"),
     "compressed-tensors": Target(writer="woq.interop.compressed_tensors:CompressedTensorsWriter"),
+    "auto-round": Target(writer="woq.interop.auto_round:AutoRoundWriter"),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from woq import packing
 from woq.errors import CheckpointError
-from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, pack
+from woq.interop.base import HALVES, Found, Layer, Parts, Reader, Summary, Writer, first_refusal, pack
 from woq.interop.gptq import usual_settings, whole_and_even
 from woq.weights import PackedWeight, QuantizedWeight
 
@@ -130,7 +130,7 @@ class AwqReader(Reader):
             raise layer.refuse(f"group_size {size} does not divide in_features {sizes.k}, as AWQ needs")
         read = {GEMM: self._gemm, GEMV: self._gemv}.get(self.version, self._gemv_fast)
         codes, scales, zeros = read(layer, sizes)
-        return pack(layer, bits=BITS, group_size=size, codes=codes, scales=scales, zeros=zeros)
+        return pack(layer, Parts(codes, scales, zeros), BITS, size)
 
     def _gemm(self, layer: Layer, z: _Sizes) -> tuple[Tensor, Tensor, Tensor]:
         layer.multiple(PER_WORD, "out_features")

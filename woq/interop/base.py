@@ -19,7 +19,7 @@ from torch import Tensor
 
 from woq.checkpoint import TensorFolder, TensorInfo
 from woq.errors import CheckpointError
-from woq.weights import GPTQ_V2, PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import GPTQ_V2, DataType, PackedWeight, QuantizedWeight, WeightSpec
 
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -150,34 +150,38 @@ class Reader(ABC):
         return []
 
 
-def pack(
-    layer: Layer,
-    *,
-    bits: int,
-    group_size: int,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    g_idx: Tensor | None = None,
-) -> PackedWeight:
-    """A layer as read from elsewhere, in our layout.
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A layer's numbers, wherever they stood: codes uint8 [N, K]; scales float [N, G]; zeros uint8 [N, G], float for
+    float zero points, None for a codebook; g_idx int32 [K] where it says something (see `order_of`)."""
 
-    codes uint8 [N, K]; scales float [N, G]; zeros uint8 [N, G]; g_idx int32 [K] or None, checked by `order_of`.
-    `sym` is what the zero points say, whatever the folder claims.
-    """
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    g_idx: Tensor | None = None
+
+
+def pack(layer: Layer, parts: Parts, bits: int, group_size: int, data_type: DataType = "int") -> PackedWeight:
+    """A layer as read from elsewhere, in our layout. `sym` is what the zero points say, whatever the folder claims."""
+    zeros = parts.zeros
+    for name, tensor in (("scales", parts.scales), ("zero points", zeros)):
+        if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise layer.refuse(f"{name} hold NaN or infinity", "the file is damaged: get it again")
+    if zeros is None:
+        zeros = torch.zeros(parts.scales.shape, dtype=torch.uint8)
     spec = WeightSpec(
         in_features=layer.in_features,
         out_features=layer.out_features,
         bits=bits,
         group_size=group_size,
-        sym=bool((zeros == 1 << (bits - 1)).all()),
-        desc_act=g_idx is not None,
-        scale_dtype=scales.dtype,
+        sym=parts.zeros is None or bool((zeros == 1 << (bits - 1)).all() and data_type == "int"),
+        desc_act=parts.g_idx is not None,
+        scale_dtype=parts.scales.dtype,
         layout=GPTQ_V2,
+        data_type=data_type,
     )
-    if not scales.isfinite().all():
-        raise layer.refuse("scales hold NaN or infinity", "the file is damaged: get it again")
-    return QuantizedWeight(spec, codes.contiguous(), scales.contiguous(), zeros.contiguous(), g_idx).pack()
+    codes, scales = parts.codes.contiguous(), parts.scales.contiguous()
+    return QuantizedWeight(spec, codes, scales, zeros.contiguous(), parts.g_idx).pack()
 
 
 def order_of(layer: Layer, g_idx: Tensor, group_size: int) -> Tensor | None:

@@ -15,46 +15,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from woq import packing
 from woq.errors import CheckpointError
-from woq.interop.base import HALVES, Found, Layer, Reader, Summary, Writer, first_refusal, order_of, pack
+from woq.interop.base import (
+    HALVES,
+    Found,
+    Layer,
+    Parts,
+    Reader,
+    Summary,
+    Writer,
+    first_refusal,
+    order_of,
+    pack,
+)
 from woq.interop.gptq import whole_and_even
+from woq.interop.words import pack_rows, unpacked
 from woq.weights import PackedWeight, QuantizedWeight
 
 PACK_QUANTIZED = "pack-quantized"
 _DENSE_ALWAYS = (2, 4, 8)  # the widths at which both packings are the same
-_WORD = 32
-
-
-# --- the layout, as pure functions -------------------------------------------------------------------------------
-
-
-def row_words(length: int, bits: int) -> int:
-    """int32 words of `length` codes, dense."""
-    return -(-length * bits // _WORD)
-
-
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [R, L] -> int32 [R, ceil(L*b/32)], dense: one little-endian bit string a row."""
-    return packing.pack_dense(codes.t(), bits)[: row_words(codes.shape[1], bits)].t().contiguous()
-
-
-def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
-    """Inverse of `pack_rows`; takes the older packing of floor(32/b) codes a word too.
-
-    Raises ValueError where the number of words is that of neither.
-    """
-    got, dense, floor = (
-        words.shape[1],
-        row_words(length, bits),
-        packing.floor_words(length, bits, torch.int32),
-    )
-    if got == dense:
-        missing = packing.dense_words(length, bits) - dense
-        return packing.unpack_dense(torch.nn.functional.pad(words, (0, missing)).t(), bits, length).t()
-    if got == floor:
-        return packing.unpack_floor(words, bits, length)
-    raise ValueError(f"{got} words a row, expected {dense}, or {floor} from compressed-tensors before 0.18")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -137,31 +116,15 @@ class CompressedTensorsReader(Reader):
         shape = layer.tensor("weight_shape", (torch.int64, torch.int32), (2,)).tolist()
         if shape != [n, k]:
             raise layer.refuse(f"weight_shape is {shape}, the model has {[n, k]}")
-        codes = self._unpack(layer, "weight_packed", bits, n, k)
+        codes = unpacked(layer, "weight_packed", bits, (n, k), dim=1)
         g_idx = None
         if "weight_g_idx" in layer.headers:
             g_idx = order_of(layer, layer.tensor("weight_g_idx", torch.int32, (k,)), size)
         zeros = torch.full((n, groups), 1 << (bits - 1), dtype=torch.uint8)
         if not scheme.sym:
-            zeros = self._unpack(layer, "weight_zero_point", bits, groups, n, turned=True)
+            zeros = unpacked(layer, "weight_zero_point", bits, (n, groups), dim=0)
         scales = layer.tensor("weight_scale", HALVES, (n, groups))
-        return pack(layer, bits=bits, group_size=size, codes=codes, scales=scales, zeros=zeros, g_idx=g_idx)
-
-    def _unpack(
-        self, layer: Layer, part: str, bits: int, rows: int, length: int, turned: bool = False
-    ) -> Tensor:
-        """Codes of `part`, [rows, length], or their transpose where the tensor is packed along its first dimension."""
-        words = layer.tensor(part, torch.int32)
-        along = words.t() if turned else words
-        if words.dim() != 2 or along.shape[0] != rows:
-            raise layer.refuse(
-                f"{part} is {list(words.shape)}, expected {rows} {'columns' if turned else 'rows'}"
-            )
-        try:
-            codes = unpack_rows(along, bits, length)
-        except ValueError as error:
-            raise layer.refuse(f"{part} is {list(words.shape)}: {error}") from error
-        return codes.t() if turned else codes
+        return pack(layer, Parts(codes, scales, zeros, g_idx), bits, size)
 
     def describe(self) -> str:
         return "compressed-tensors pack-quantized, int32 words along in_features"

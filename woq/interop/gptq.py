@@ -96,10 +96,15 @@ def _writer(raw: Mapping[str, Any]) -> str | None:
 def add_to_words(packed: PackedWeight) -> PackedWeight:
     """A v1 weight whose writer subtracted 1 from every field by arithmetic on whole words, as v2."""
     assert packed.qzeros is not None  # v1 folders of others hold whole numbers
-    ones = packing.pack_dense(torch.ones(BLOCK, 1, dtype=torch.uint8), packed.spec.bits).flatten()
-    count = packed.qzeros.shape[1] // packed.spec.bits
-    words = packed.qzeros + ones.repeat(count).to(packed.qzeros.device)  # int32: wraps
+    words = plus_one(packed.qzeros, packed.spec.bits)
     return replace(packed, spec=replace(packed.spec, layout=GPTQ_V2), qzeros=words)
+
+
+def plus_one(words: Tensor, bits: int) -> Tensor:
+    """int32 [R, W] with 1 added to every field, as a writer that subtracts from whole words took it away."""
+    ones = packing.pack_dense(torch.ones(BLOCK, 1, dtype=torch.uint8), bits).flatten()
+    repeated = ones.repeat(-(-words.shape[1] // bits))[: words.shape[1]]
+    return words + repeated.to(words.device)  # int32: wraps
 
 
 def as_the_zeros_say(packed: PackedWeight) -> PackedWeight:
