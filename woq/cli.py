@@ -183,11 +183,10 @@ def inspect(
 ) -> None:
     """Tell what FOLDER holds, what is unusual about it, and which backend would run it here."""
     from woq.inspection import inspect_folder
-    from woq.loading import resolve_folder
+    from woq.loading import is_gguf, resolve_folder
 
-    facts = inspect_folder(
-        resolve_folder(folder, {}), dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    where = Path(folder) if is_gguf(Path(folder)) else resolve_folder(folder, {})
+    facts = inspect_folder(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(facts.to_dict(), indent=2))
     else:

@@ -21,9 +21,10 @@ from woq.backends.base import Target
 from woq.blocks import find_blocks, linears, weight_of
 from woq.checkpoint import GPTQ_BITS, TensorFolder, TensorInfo
 from woq.console import human
+from woq.errors import CheckpointError
 from woq.interop import find
 from woq.interop.folder import QuantizedFolder
-from woq.loading import model_config, skeleton
+from woq.loading import is_gguf, model_config, skeleton
 from woq.modeling import run_device, run_dtype
 from woq.weights import PackedWeight, WeightSpec
 
@@ -81,10 +82,12 @@ class Facts:
 def inspect_folder(
     folder: Path, *, dtype: torch.dtype | str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Facts:
-    """Look into a local folder. dtype and device: where it would run, for the choice of backends.
+    """Look into a local folder, or a GGUF file. dtype and device: where it would run, for the choice of backends.
 
     Raises CheckpointError where files are missing, damaged, or do not fit the model.
     """
+    if is_gguf(folder):
+        return _inspect_gguf(folder)
     source = None if find(folder) is None else QuantizedFolder(folder)
     config = model_config(folder, trust_remote_code)
     where = run_device(device)
@@ -107,6 +110,38 @@ def inspect_folder(
         _add_quantized(facts, model, source, target)
         facts.floats = _floats(source.floats)
     return facts
+
+
+def _inspect_gguf(file: Path) -> Facts:
+    """A GGUF file by its header. Raises CheckpointError where it has none."""
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(file)
+    except (ImportError, ValueError, IndexError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error}", hint="is it whole? is gguf installed?"
+        ) from error
+    kinds: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        kinds.setdefault(tensor.tensor_type.name, []).append(tensor)
+    field = reader.fields.get("general.architecture")
+    return Facts(
+        folder=str(file),
+        architecture=str(field.contents()) if field else "not stated",
+        runs_on="transformers, dequantized",
+        bytes=sum(int(tensor.n_bytes) for tensor in reader.tensors),
+        parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        format="gguf",
+        quant_method="gguf",
+        checkpoint_format="gguf",
+        layout=", ".join(f"{len(tensors)} x {kind}" for kind, tensors in kinds.items()),
+        floats={
+            f"blocks {kind}": f"{len(tensors)} tensors, {human(sum(int(t.n_bytes) for t in tensors))}"
+            for kind, tensors in kinds.items()
+        },
+        oddities=["a GGUF file is loaded through transformers and runs in float"],
+    )
 
 
 def _add_quantized(facts: Facts, model: Any, source: QuantizedFolder, target: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,33 @@ def model_config(folder: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except malformed as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model transformers knows: {error}") from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def load_gguf(file: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    """The model in a GGUF file as transformers reads it: dequantized, in float, a plain model from then on.
+
+    Raises CheckpointError where transformers does not know its architecture or the file is damaged.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    read: Any = AutoModelForCausalLM.from_pretrained
+    dequantize: Any = GgufConfig(dequantize=True)
+    arguments = {"gguf_file": file.name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        with quiet_bars():
+            model = read(file.parent, quantization_config=dequantize, **arguments)
+    except (ValueError, KeyError, IndexError, OSError, ImportError, struct.error) as error:
+        raise CheckpointError(
+            f"{file} cannot be read by transformers: {error}", hint="is the file whole? is gguf installed?"
+        ) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval().requires_grad_(False)
 
 
 def skeleton(config: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:

@@ -18,7 +18,16 @@ from woq.device import available_devices, quantization_device
 from woq.errors import CheckpointError, ConfigError
 from woq.interop import find
 from woq.linear import QuantLinear
-from woq.loading import Offload, from_transformers, load_float, load_quantized, model_config, resolve_folder
+from woq.loading import (
+    Offload,
+    from_transformers,
+    is_gguf,
+    load_float,
+    load_gguf,
+    load_quantized,
+    model_config,
+    resolve_folder,
+)
 from woq.progress import ConsoleProgress, Progress
 from woq.report import Report
 from woq.saving import finish_folder, save_pretrained
@@ -51,7 +60,8 @@ class AutoModelForCausalLM:
         """Load a model: quantized already, to be quantized now, or plain.
 
         Args:
-            path: a folder or a hub id.
+            path: a folder, float or quantized by any library that docs/interop.md lists; a hub id; or a GGUF file,
+                which is dequantized.
             quantization_config: quantize with this: a config of ours, a dict, or transformers' GPTQConfig, AwqConfig,
                 AutoRoundConfig or BitsAndBytesConfig. Refused for a folder that is quantized already.
             calibration, tokenizer: as in `woq.quantization.quantize`; the tokenizer in `path` is found by itself.
@@ -67,8 +77,10 @@ class AutoModelForCausalLM:
         reference. Raises the errors of `woq.errors`.
         """
         _refuse_unknown(hub)
-        folder = resolve_folder(path, hub)
         device = run_device(device_map)
+        if is_gguf(Path(path)):
+            return _from_gguf(Path(path), quantization_config, dtype, device, trust_remote_code)
+        folder = resolve_folder(path, hub)
         quantized_already = find(folder) is not None
         if quantized_already and quantization_config is not None:
             raise ConfigError(
@@ -169,6 +181,15 @@ def _quantize_now(folder: Path, given: Any, *, offload: Offload, **options: Any)
         if isinstance(module, QuantLinear):
             module.requested_backend = options["backend"]
     return model
+
+
+def _from_gguf(file: Path, quantization: Any, dtype: Any, device: torch.device, trust: bool) -> Any:
+    """A GGUF file's model in float."""
+    if quantization is not None:
+        raise ConfigError(
+            f"{file} is quantized already", hint="leave quantization_config out: it is loaded in float"
+        )
+    return load_gguf(file, run_dtype(dtype, torch.float32, device), trust).to(device)
 
 
 def _refuse_unknown(hub: Mapping[str, Any]) -> None:

@@ -30,8 +30,9 @@ READERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What `woq convert --to` names. A writer stores layers in safetensors beside a config; an exporter makes the whole
-    file itself: `export(source: QuantizedFolder, target: Path, *, overwrite: bool) -> Summary`."""
+    """What `woq convert --to` names. A writer stores layers in safetensors beside a config; an exporter writes all itself,
+    in place or not at all, and returns the layers that it read back and compared:
+    `export(source: woq.interop.convert.Source, target: Path, *, overwrite: bool) -> tuple[str, ...]`."""
 
     writer: str | None = None
     exporter: str | None = None
@@ -43,6 +44,7 @@ TARGETS: dict[str, Target] = {
     "awq": Target(writer="woq.interop.awq:AwqWriter"),
     "compressed-tensors": Target(writer="woq.interop.compressed_tensors:CompressedTensorsWriter"),
     "auto-round": Target(writer="woq.interop.auto_round:AutoRoundWriter"),
+    "gguf": Target(exporter="woq.interop.gguf_writer:export"),
 }
 
 
