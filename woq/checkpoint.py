@@ -343,9 +343,11 @@ class TensorFolder:
         """
         self.folder = folder
         self.index: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         for file in self._files() if files is None else files:
             handle = self._handle(file)
+            self.metadata |= handle.metadata() or {}
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 view = handle.get_slice(name)
                 self.index[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))

@@ -7,7 +7,7 @@ file allows it.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ class Pickled:
             raise CheckpointError(f"{file} is damaged: {first_line(error)}") from error
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a state dict")
-        nested = state.get("state_dict", state)
-        self._tensors: dict[str, Tensor] = {n: t for n, t in nested.items() if isinstance(t, Tensor)}
+        self._tensors = dict(_flat(state.get("state_dict", state)))
 
     @staticmethod
     def _load(file: Path) -> Any:
@@ -50,6 +49,10 @@ class Pickled:
             if "mmap can only be used" not in str(error):
                 raise
             return torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+
+    def metadata(self) -> dict[str, str]:
+        """Safetensors' free text, which pickles have none of."""
+        return {}
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -62,6 +65,20 @@ class Pickled:
     def get_slice(self, name: str) -> _Header:
         """Its dtype and shape."""
         return _Header(self._tensors[name])
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors by dotted name, and what else describes them as tensors: numbers, sizes, and text as bytes."""
+    for name, value in state.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Tensor):
+            yield full, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{full}.")
+        elif isinstance(value, str):
+            yield full, torch.tensor(list(value.encode("latin-1", "replace")), dtype=torch.uint8)
+        elif isinstance(value, bool | int) or (isinstance(value, torch.Size) and len(value)):
+            yield full, torch.tensor(value, dtype=torch.int64)
 
 
 def first_line(error: Exception) -> str:

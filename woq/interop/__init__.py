@@ -23,6 +23,10 @@ READERS: dict[str, str] = {
     "inc": "woq.interop.inc:IncReader",
     "inc-torch": "woq.interop.inc:IncTorchReader",
     "ipex": "woq.interop.ipex:IpexReader",
+    "bitsandbytes": "woq.interop.bitsandbytes:FourBitReader",
+    "bitsandbytes-int8": "woq.interop.bitsandbytes:Int8Reader",
+    "hqq": "woq.interop.hqq:HqqReader",
+    "torchao": "woq.interop.torchao:TorchAoReader",
     "awq": "woq.interop.awq:AwqReader",
     "gptq": "woq.interop.gptq:GptqReader",
 }

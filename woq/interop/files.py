@@ -19,7 +19,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Files of a training run that hold no weights
 _OTHERS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 # How some writers call a checkpoint that comes without any description
-UNDESCRIBED = ("gptq_checkpoint_g*.pt",)
+UNDESCRIBED = ("gptq_checkpoint_g*.pt", "qmodel.pt")
 
 
 def find(folder: Path) -> Found | None:
