@@ -112,12 +112,7 @@ def _int4(layer: Layer, _: dict[str, Any], size: int, groups: int) -> PackedWeig
         return pack(
             layer, Parts(codes, scales, torch.full(scales.shape, _MIDDLE, dtype=torch.uint8)), 4, size
         )
-    return pack(
-        layer, Parts(codes, scales.float(), _float_zeros(scales, offsets)), 4, size, "int_float_zeros"
-    )
-
-
-def _float_zeros(scales: Tensor, offsets: Tensor) -> Tensor:
-    """The zero points, in codes, that add `offsets` after scaling; float32."""
-    safe = torch.where(scales == 0, 1.0, scales.float())
-    return _MIDDLE - offsets.float() / safe
+    if bool((scales == 0).any()):
+        raise layer.refuse("a scale is 0 beside a zero point: no code can say that")
+    zeros = _MIDDLE - offsets.float() / scales.float()  # in codes, as our form has it
+    return pack(layer, Parts(codes, scales.float(), zeros), 4, size, "int_float_zeros")
