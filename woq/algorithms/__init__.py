@@ -13,6 +13,8 @@ from woq.errors import ConfigError
 ALGORITHMS: dict[str, str] = {
     "rtn": "woq.algorithms.rtn:Rtn",
     "gptq": "woq.algorithms.gptq:Gptq",
+    "awq": "woq.algorithms.awq:Awq",
+    "teq": "woq.algorithms.teq:Teq",
 }
 
 
