@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"quant_method": "rtn"},
     "GPTQ paper": {"quant_method": "gptq", "search": "minmax"},
     "GPTQ": {"quant_method": "gptq"},
+    "AWQ": {"quant_method": "awq"},
 }
 COLUMNS = (
     "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",

@@ -80,6 +80,68 @@ def _qwen3_moe() -> PreTrainedConfig:
     )
 
 
+def _olmo2() -> PreTrainedConfig:
+    """Norms behind attention and MLP, none before."""
+    return transformers.Olmo2Config(**GATED)
+
+
+def _olmo() -> PreTrainedConfig:
+    """Norms without weights."""
+    return transformers.OlmoConfig(**GATED)
+
+
+def _phi3() -> PreTrainedConfig:
+    """q/k/v and gate/up each in one linear."""
+    return transformers.Phi3Config(**GATED)
+
+
+def _gpt_neox() -> PreTrainedConfig:
+    """q/k/v interleaved by head, attention and MLP side by side, GELU."""
+    sizes = {name: value for name, value in COMMON.items() if name != "pad_token_id"}
+    return transformers.GPTNeoXConfig(**sizes, intermediate_size=96, use_parallel_residual=True)
+
+
+def _cohere() -> PreTrainedConfig:
+    """One norm for attention and MLP."""
+    return transformers.CohereConfig(**GATED)
+
+
+def _bloom() -> PreTrainedConfig:
+    return transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2, **SPECIAL
+    )
+
+
+def _deepseek_v3() -> PreTrainedConfig:
+    """Low-rank attention; experts beside a shared one behind one norm; a dense first block."""
+    return transformers.DeepseekV3Config(
+        **{**GATED, "num_key_value_heads": 4},
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+
+
+def _qwen2_moe() -> PreTrainedConfig:
+    """A shared expert behind a gate of its own."""
+    return transformers.Qwen2MoeConfig(
+        **GATED,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
 def _builder(config: Callable[[], PreTrainedConfig]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -98,4 +160,16 @@ TINY_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "qwen3": _builder(_qwen3),
     "mixtral": _builder(_mixtral),
     "qwen3_moe": _builder(_qwen3_moe),
+}
+
+# Beside those, for what depends on how a block is built: norms, fused projections, experts.
+MORE_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "olmo2": _builder(_olmo2),
+    "olmo": _builder(_olmo),
+    "phi3": _builder(_phi3),
+    "gpt_neox": _builder(_gpt_neox),
+    "bloom": _builder(_bloom),
+    "cohere": _builder(_cohere),
+    "deepseek_v3": _builder(_deepseek_v3),
+    "qwen2_moe": _builder(_qwen2_moe),
 }

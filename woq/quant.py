@@ -185,3 +185,24 @@ def _least(error: Tensor, costs: Tensor | None) -> Tensor:
     if costs is not None:
         error.mul_(costs)
     return error.sum(-1, keepdim=True).argmin(0, keepdim=True)
+
+
+def output_params(
+    w: Tensor, moment: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R] of one group, w float32 [R, gs], by the error of what it adds to the output.
+
+    Of the ranges that `group_params` tries with "mse" the one with the smallest d M d', d the weights' errors and
+    M = moment, float32 [gs, gs], the second moment of the group's inputs: errors of features that go together add up
+    or cancel, which a weight for each feature cannot know.
+    """
+    choose = _symmetric if sym else _asymmetric
+    factors = w.new_tensor(_factors(bits, sym, "mse"))
+    scales, zeros = [], []
+    for rows in w.split(_rows_at_once(w, len(factors))):
+        scale, zero = choose(rows, bits, scale_dtype, factors)
+        d = dequantize(quantize(rows, scale, zero, bits), scale, zero).sub_(rows)
+        best = _least((d.flatten(0, 1) @ moment).view_as(d).mul_(d), None)
+        scales.append(scale.gather(0, best)[0, :, 0])
+        zeros.append(zero.gather(0, best)[0, :, 0])
+    return torch.cat(scales), torch.cat(zeros)

@@ -197,6 +197,7 @@ class _Run:
             with _naming(name):
                 results = self.algorithm.quantize_block(block, specs, self.inputs)
             packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
+            _settle(block, packed, self._dtype())
             seconds = (time.perf_counter() - started) / max(len(results), 1)
             reports = [_layer_report(f"{name}.{n}".rstrip("."), r, seconds) for n, r in results.items()]
             if self.writer is not None:
@@ -285,6 +286,15 @@ def packed_state(
         else:
             state[f"{prefix}.{key}"] = value.to(dtype) if dtype and value.is_floating_point() else value
     return state
+
+
+def _settle(block: nn.Module, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None) -> None:
+    """Round what stays float (a fold may have changed it) to what `packed_state` stores: the next block and a resumed
+    run see the same."""
+    for key, parameter in block.named_parameters():
+        layer, _, part = key.rpartition(".")
+        if dtype and parameter.is_floating_point() and not (layer in packed and part == "weight"):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _identity(model: nn.Module) -> dict[str, Any]:

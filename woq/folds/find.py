@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from woq.blocks import Linear, linears, weight_of
+from woq.blocks import Linear, weight_of
 from woq.errors import ConfigError
 from woq.folds.fold import Fold, Folds, Form
 from woq.folds.proof import Bench, in_float32, key
@@ -35,19 +35,23 @@ class FoldFinder:
 
         Raises ConfigError where a given producer has no such consumers in this block.
         """
-        make = tuple((name, type(m), *(p.shape for p in m.parameters(recurse=False))) for name, m in block.named_modules())
+        make = tuple(
+            (name, type(m), *(p.shape for p in m.parameters(recurse=False)))
+            for name, m in block.named_modules()
+        )
         with torch.no_grad(), in_float32(block):
             bench = Bench(block, inputs)
             known = self._known.get((make, tuple(names)))
-            if known is not None and _still_holds(known, bench, names):
+            if known is not None and _still_holds(known, bench):
                 return known
             search = _Search(bench, names)
             found = search.given(self.given) if self.given else search.by_shape()
-        self._known[make, tuple(names)] = found
+            if bench.trace.given.keys() >= set(names):  # else its refusals are of this block's data
+                self._known[make, tuple(names)] = found
         return found
 
 
-def _still_holds(known: Folds, bench: Bench, names: Sequence[str]) -> bool:
+def _still_holds(known: Folds, bench: Bench) -> bool:
     reached = all(name in bench.trace.given for fold in known.kept for name in fold.consumers)
     return reached and (not known.kept or bench.proves(known.kept))
 
@@ -74,13 +78,17 @@ class _Search:
             reason = self._rows(consumers) if norm is None else self._norm(norm, consumers, ())
             if reason is not None:
                 is_input = key(tensor) == key(self.trace.given[""])
-                why = "it takes the block's input, which nothing inside the block makes" if is_input else reason
+                why = (
+                    "it takes the block's input, which nothing inside the block makes" if is_input else reason
+                )
                 self.refused.update(dict.fromkeys(consumers, why))
         for tensor_key, norm in norms.items():
             if all(fold.producer != norm for fold in self.kept):
                 self._everything_behind(norm, tensor_key)
         unseen = self.names - self.trace.given.keys()
-        self.refused.update(dict.fromkeys(unseen, "no token of the sample that folds are proven on reached it"))
+        self.refused.update(
+            dict.fromkeys(unseen, "no token of the sample that folds are proven on reached it")
+        )
         return self.result()
 
     # --- proposals ------------------------------------------------------------------------------------------------
@@ -150,7 +158,11 @@ class _Search:
             if self._rows_of(producer, consumers):
                 return None
         tried = ", ".join(name.rpartition(".")[2] for name in candidates)
-        return f"no row of {tried} scales it" if tried else "no linear beside it feeds it"
+        return (
+            f"no row of {tried} scales it"
+            if tried
+            else "no norm with a weight and no linear beside it makes it"
+        )
 
     def _rows_of(self, producer: str, consumers: Sequence[str]) -> bool:
         linear = self.bench.linears

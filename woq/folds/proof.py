@@ -196,7 +196,7 @@ def _first_sample(inputs: BlockInputs, whole: bool) -> BlockInputs:
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             value = value.float() if value.is_floating_point() else value
-            return value[:keep] if value.dim() > 1 else value
+            return value[:keep] if keep < size and value.dim() > 1 else value
         if isinstance(value, tuple | list):
             return type(value)(cut(v) for v in value)
         return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
