@@ -22,7 +22,7 @@ FOLDING = [name for name in ALGORITHMS if issubclass(CONFIGS[name], FoldingConfi
 
 def config_of(method: str) -> QuantConfig:
     return CONFIGS[method](
-        bits=4, sym=False, group_size=32, num_samples=4, seq_len=24, **EXTRA.get(method, {})
+        bits=8, sym=False, group_size=32, num_samples=4, seq_len=24, **EXTRA.get(method, {})
     )
 
 
