@@ -139,19 +139,56 @@ def test_a_living_process_is_waited_for_and_a_dead_one_is_not(tmp_path: Path) ->
         pass
 
 
-def test_real_kernels_compile(tmp_path: Path) -> None:
-    """The host code and the smallest kernels, for one architecture: nothing here needs a GPU, only nvcc."""
+ONE_OF_EACH = """
+#include "decode.cuh"
+#include "prefill.cuh"
+using namespace woq;
+template __global__ void woq::decode_kernel<__nv_bfloat16, 4, 1, 4>(const __grid_constant__ DecodeArgs);
+#if KERNELS_OF_HOPPER
+template __global__ void woq::prefill_kernel<__nv_bfloat16, 4, 64, 4, 1>(const __grid_constant__ PrefillArgs, const __grid_constant__ CUtensorMap);
+#endif
+"""
+
+
+def compiled(source: Path, out: Path, capability: tuple[int, int], *flags: str) -> str:
+    """What nvcc says about `source`; skips without it. No GPU is needed."""
     nvcc = native.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
-    command = [str(nvcc), *native.cuda_flags((9, 0)), *native._torch_flags()]
-    folder = native.SOURCES / "cuda"
-    for name in ("ops.cpp", "dequantize.cu"):
-        done = subprocess.run(
-            [*command, "-c", str(folder / name), "-o", str(tmp_path / f"{name}.o")],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
+    command = [
+        str(nvcc),
+        *native.cuda_flags(capability),
+        *native._torch_flags(),
+        f"-I{native.SOURCES / 'cuda'}",
+        *flags,
+    ]
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["ops.cpp", "dequantize.cu"])
+def test_host_code_and_smallest_kernels_compile(tmp_path: Path, name: str) -> None:
+    compiled(native.SOURCES / "cuda" / name, tmp_path / "out.o", (9, 0))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_one_kernel_of_each_kind_compiles(tmp_path: Path, capability: tuple[int, int]) -> None:
+    """And the compiler overlaps wgmma with what makes its operands: where it cannot prove that safe, it says C75xx."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(ONE_OF_EACH)
+    said = compiled(
+        source,
+        tmp_path / "out.o",
+        capability,
+        "-Xptxas=-v",
+        f"-DKERNELS_OF_HOPPER={int(capability == (9, 0))}",
+    )
+    assert "decode_kernel" in said
+    assert "(C75" not in said

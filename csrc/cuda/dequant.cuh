@@ -30,20 +30,30 @@ struct Float16;
 template <>
 struct Float16<__nv_bfloat16> {
   static constexpr int mantissa = 7, bias = 127;
+  static constexpr bool is_bf16 = true;
   static constexpr uint32_t ones = 0x3F803F80;
   using Pair = __nv_bfloat162;
   __device__ static Pair twice(float v) { return __float2bfloat162_rn(v); }
   __device__ static __nv_bfloat16 round(float v) { return __float2bfloat16_rn(v); }
   __device__ static float value(uint32_t bits) { return __uint_as_float(bits << 16); }
+  __device__ static uint32_t pack(float low, float high) {
+    const Pair v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
 };
 template <>
 struct Float16<__half> {
   static constexpr int mantissa = 10, bias = 15;
+  static constexpr bool is_bf16 = false;
   static constexpr uint32_t ones = 0x3C003C00;
   using Pair = __half2;
   __device__ static Pair twice(float v) { return __float2half2_rn(v); }
   __device__ static __half round(float v) { return __float2half_rn(v); }
   __device__ static float value(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+  __device__ static uint32_t pack(float low, float high) {
+    const Pair v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
 };
 
 template <class T, int BITS>
@@ -54,15 +64,16 @@ struct Codes {
   static constexpr int words = BITS == 8 ? 4 : BITS;                 // held at a time: a block's, or half a block's for 8 bits
   static constexpr int block_bytes = kBlock * kBlock * BITS / 8;
 
-  // Words of row tile `t`, and for 8 bits of inputs 32 half .. 32 half + 31.
-  __device__ static void load(uint32_t (&w)[words], const uint8_t* block, int t, int half, int lane) {
+  // Words of row tile `t`, and for 8 bits of inputs 32 half .. 32 half + 31. `block` is a pointer, or a place in shared memory.
+  template <class Memory>
+  __device__ static void load(uint32_t (&w)[words], Memory block, int t, int half, int lane) {
     if constexpr (BITS == 2 || BITS == 3) {
-      const uint2 v = *reinterpret_cast<const uint2*>(block + (t * 32 + lane) * 8);
+      const uint2 v = read<uint2>(block + (t * 32 + lane) * 8);
       w[0] = v.x, w[1] = v.y;
-      if constexpr (BITS == 3) w[2] = *reinterpret_cast<const uint32_t*>(block + 1024 + (t * 32 + lane) * 4);
+      if constexpr (BITS == 3) w[2] = read<uint32_t>(block + (1024 + (t * 32 + lane) * 4));
     } else {
       const int tile = BITS == 8 ? 2 * t + half : t;
-      const uint4 v = *reinterpret_cast<const uint4*>(block + (tile * 32 + lane) * 16);
+      const uint4 v = read<uint4>(block + (tile * 32 + lane) * 16);
       w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
   }
@@ -86,6 +97,17 @@ struct Codes {
         if constexpr (BITS == 3)
           a[i] = and_or(shift(w[2], Float16<T>::mantissa - 1 - (4 * j + i)), 0x10001u << (Float16<T>::mantissa - 1), a[i]);
       }
+    }
+  }
+
+  // A zero point as a pair of what `fragment` gives, offset included; of a split code, both nibbles' parts without it.
+  __device__ static uint32_t twice(uint32_t zero) {
+    if constexpr (split) {
+      const auto v = Float16<T>::twice(float(zero));
+      return *reinterpret_cast<const uint32_t*>(&v);
+    } else {
+      constexpr uint32_t exponent = (uint32_t(Float16<T>::bias + BITS) << Float16<T>::mantissa) * 0x10001u;
+      return exponent | (zero * 0x10001u) << (Float16<T>::mantissa - BITS);
     }
   }
 

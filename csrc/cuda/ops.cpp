@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <mutex>
+#include <random>
 
 #include "decode.h"
 #include "dequantize.h"
@@ -93,8 +95,8 @@ cudaError_t launch(int64_t bits, const woq::DecodeArgs& a, bool bf16, const woq:
   }
 }
 
-woq::DecodeArgs describe(const Weight& w, int64_t n, int64_t k, int64_t bits, int64_t group_size, bool scale_is_bf16) {
-  woq::DecodeArgs a = {};
+woq::PrefillArgs describe(const Weight& w, int64_t n, int64_t k, int64_t bits, int64_t group_size, bool scale_is_bf16) {
+  woq::PrefillArgs a = {};
   a.weight = w.data, a.scales = w.scales;
   a.n = static_cast<int>(n), a.k = static_cast<int>(k);
   a.row_groups = w.row_groups, a.k_blocks = w.k_blocks, a.groups = w.groups;
@@ -139,21 +141,36 @@ void run_decode(woq::DecodeArgs a, const Tensor& x, Tensor& y, int64_t bits, boo
   }
 }
 
-void run_prefill(woq::DecodeArgs a, const Tensor& x, Tensor& y, int64_t bits, bool early_start, const woq::PrefillPlan& p, cudaStream_t stream) {
+// A number that no earlier launch of this process left in memory.
+uint64_t launch_number() {
+  static std::atomic<uint64_t> next{std::random_device{}() * uint64_t(0x9E3779B97F4A7C15) | 1};
+  return next.fetch_add(2, std::memory_order_relaxed);
+}
+
+void run_prefill(woq::PrefillArgs a, const Tensor& x, Tensor& y, int64_t bits, bool early_start, const woq::PrefillPlan& p,
+                 const woq::Device& device, cudaStream_t stream) {
   a.m = static_cast<int>(x.size(0)), a.x = x.data_ptr(), a.y = y.data_ptr();
-  a.stages = p.stages, a.split = p.split;
+  const int blocks = woq::divide(p, device.processors, a);
+  const int64_t partial = woq::partial_bytes(p, a, blocks);
+  Tensor scratch;
+  if (partial > 0) {
+    scratch = torch::stable::new_empty(x, {(partial + woq::ready_bytes(p, a, blocks)) / 2});
+    a.partial = scratch.data_ptr();
+    a.ready = reinterpret_cast<uint64_t*>(static_cast<char*>(a.partial) + partial);
+    a.launch = launch_number();
+  }
   const bool bf16 = is_bf16(x);
   cudaError_t error;
   switch (bits) {
-    case 2: error = woq::launch_prefill<2>(a, bf16, p.tokens, early_start, stream); break;
-    case 3: error = woq::launch_prefill<3>(a, bf16, p.tokens, early_start, stream); break;
-    case 4: error = woq::launch_prefill<4>(a, bf16, p.tokens, early_start, stream); break;
-    default: error = woq::launch_prefill<8>(a, bf16, p.tokens, early_start, stream); break;
+    case 2: error = woq::launch_prefill<2>(a, bf16, p, blocks, early_start, stream); break;
+    case 3: error = woq::launch_prefill<3>(a, bf16, p, blocks, early_start, stream); break;
+    case 4: error = woq::launch_prefill<4>(a, bf16, p, blocks, early_start, stream); break;
+    default: error = woq::launch_prefill<8>(a, bf16, p, blocks, early_start, stream); break;
   }
   check(error, "prefill launch");
 }
 
-// `plan` is empty (the table decides), five numbers for decode, or three for prefill; see plan.h.
+// `plan` is empty (the table decides), five numbers for decode, or four for prefill (0 stages: as many as fit); see plan.h.
 Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> order, int64_t n, int64_t bits,
               int64_t group_size, bool scale_is_bf16, bool early_start, std::vector<int64_t> plan) {
   STD_TORCH_CHECK(given_x.dim() == 2 && given_x.is_contiguous() && given_x.is_cuda(), "woq: x must be a contiguous CUDA matrix");
@@ -161,7 +178,7 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   const Weight w = check_weight(weight, scales, n, k, bits, group_size);
   STD_TORCH_CHECK(!order || (order->is_contiguous() && order->numel() == k && order->scalar_type() == ScalarType::Int),
                   "woq: order must be int32 [", k, "]");
-  STD_TORCH_CHECK(plan.empty() || plan.size() == 5 || plan.size() == 3, "woq: a plan has 5 or 3 numbers");
+  STD_TORCH_CHECK(plan.empty() || plan.size() == 5 || plan.size() == 4, "woq: a plan has 5 or 4 numbers");
   const int device_index = given_x.get_device();
   const auto here = [device_index](const Tensor& t) { return t.is_cuda() && t.get_device() == device_index; };
   STD_TORCH_CHECK(here(weight) && here(scales) && (!order || here(*order)), "woq: the weight is not on the device of x");
@@ -171,9 +188,9 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
 
   Tensor x = given_x;
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
-  woq::DecodeArgs a = describe(w, n, k, bits, group_size, scale_is_bf16);
+  woq::PrefillArgs a = describe(w, n, k, bits, group_size, scale_is_bf16);
   a.m = static_cast<int>(m);
-  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 3 ? woq::Path::prefill : woq::choose_path(a, static_cast<int>(bits), device);
+  const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 4 ? woq::Path::prefill : woq::choose_path(a, static_cast<int>(bits), device);
   if (order && m > 0) {
     Tensor gathered = torch::stable::new_empty(x, {m, k});
     check(woq::launch_gather(x.data_ptr(), static_cast<const int*>(order->data_ptr()), gathered.data_ptr(), int(m), int(k), stream), "gather");
@@ -185,8 +202,11 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   if (path == woq::Path::decode) {
     run_decode(a, x, y, bits, early_start, plan, device, stream);
   } else {
-    const woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, device) : woq::PrefillPlan{int(plan[0]), int(plan[1]), int(plan[2]), 0};
-    run_prefill(a, x, y, bits, early_start, p, stream);
+    woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, static_cast<int>(bits), device)
+                                      : woq::PrefillPlan{int(plan[0]), int(plan[1]), int(plan[2]), int(plan[3])};
+    if (p.stages == 0) p.stages = woq::prefill_stages(p, static_cast<int>(bits), device);
+    STD_TORCH_CHECK(p.split * woq::kTurnBlocks < w.k_blocks + woq::kTurnBlocks, "woq: a plan's split must not exceed the turns of K");
+    run_prefill(a, x, y, bits, early_start, p, device, stream);
   }
   return y;
 }

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "decode_args.h"
+#include "prefill_args.h"
 
 namespace woq {
 
@@ -17,11 +17,6 @@ struct DecodePlan {
   int k_warps, row_warps, stages, split, row_blocks;  // see decode.cuh; k_warps == 0: it does not fit
 };
 
-struct PrefillPlan {
-  int tokens, stages, split;  // see prefill.cuh
-  int64_t cycles;             // estimated
-};
-
 inline void apply(const DecodePlan& p, DecodeArgs& a) {
   a.k_warps = p.k_warps, a.row_warps = p.row_warps, a.stages = p.stages, a.split = p.split;
 }
@@ -32,6 +27,7 @@ struct DecodeEntry {
   int row_groups, k_blocks, tokens;
   int k_warps, row_warps, stages, split, blocks;
 };
+constexpr int kMostStages = 10;  // barriers have room for
 constexpr int kAny = 1 << 30;
 constexpr DecodeEntry kDecodeTable[] = {
     // 4096 x 4096
@@ -69,36 +65,66 @@ inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& dev
   return p;
 }
 
-// The least estimated time: waves of thread blocks, each its share of K plus what starting and adding up costs. The constants
-// were fitted to an H200: a block of weights takes 600 cycles to dequantize and 8.25 a token to multiply.
-inline PrefillPlan choose_prefill(const DecodeArgs& a, const Device& device) {
-  PrefillPlan best = {0, 6, 1, 0};
+// As many stages as fit, where two thread blocks share a processor into half of its memory; 0 if not even two do.
+inline int prefill_stages(PrefillPlan p, int bits, const Device& device) {
+  const int room = p.residents() > 1 ? (device.shared_limit + 1024) / 2 - 1024 : device.shared_limit;
+  for (p.stages = kMostStages; p.stages >= 2; --p.stages)
+    if (p.shared_bytes(bits) <= room) return p.stages;
+  return 0;
+}
+
+// Nanoseconds of one turn of a thread block, when its processor is full: measured on an H100 with 4 bits.
+inline int64_t turn_time(const PrefillPlan& p) {
+  if (p.groups == 2) return p.tokens == 16 ? 729 : p.tokens == 32 ? 806 : 1042;
+  return p.tokens == 16 ? 753 : p.tokens == 32 ? 772 : p.tokens == 64 ? 940 : 1501;
+}
+
+// Estimated nanoseconds of a product. The constants were fitted to a sweep over all plans of 4 shapes and 9 numbers of tokens;
+// its choices took at most 1 % more than the fastest plans together.
+inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& device) {
+  const int64_t blocks = divide(p, device.processors, a), slots = int64_t(p.residents()) * device.processors, area = p.tokens * p.groups;
+  const int64_t turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks, turn = turn_time(p);
+  if (p.split > 1) {
+    // Clusters do not fill every processor: those of a GPC that do not make up a whole one stay idle.
+    const int64_t usable = slots * (p.split < 4 ? 97 : 87) / 100 / p.split * p.split;
+    const int64_t waves = (blocks * p.split + usable - 1) / usable, share = (turns + p.split - 1) / p.split * turn;
+    const bool alone = p.residents() > 1 && blocks * p.split <= device.processors;  // a lone thread block is faster
+    return 760 + waves * ((alone ? share * 5 / 6 : share) + 2150 + area * 63 / 5);
+  }
+  const int64_t rest = a.tiles - a.whole, share = a.whole / blocks * turns + (rest * turns + blocks - 1) / blocks;
+  const int64_t exchange = rest > 0 ? 4070 + 4 * area * ((blocks + rest - 1) / rest) : 0;
+  return 760 + share * turn + (3570 + 2 * area) * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
+}
+
+inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& device) {
+  const int turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks;
+  PrefillPlan best = {};
+  int64_t least = 0;
   for (int tokens = 16; tokens <= 128; tokens *= 2) {
     if (tokens > 16 && tokens >= 2 * a.m) break;
-    const int64_t tiles = int64_t((a.row_groups + 3) / 4) * ((a.m + tokens - 1) / tokens);
-    for (int split = 1; split <= 4; split *= 2) {
-      // Clusters do not fill every processor: those of a GPC that do not make up a whole one stay idle.
-      const int64_t usable = split < 4 ? device.processors : device.processors * 7 / 8;
-      const int64_t waves = (tiles * split + usable - 1) / usable;
-      const int64_t share = (a.k_blocks + split - 1) / split * (600 + 33 * tokens / 4);
-      const int64_t cycles = waves * (share + 2500 + (split > 1 ? 16 * tokens + 500 : 0));
-      if (best.tokens == 0 || cycles < best.cycles) best = {tokens, 6, split, cycles};
-    }
+    for (int groups = tokens < 128 ? 2 : 4; groups <= 4; groups += 2)
+      for (int split = 1; split <= std::min(8, turns); ++split) {  // every thread block of a cluster must have a part of K
+        PrefillPlan p = {tokens, groups, 0, split};
+        p.stages = prefill_stages(p, bits, device);
+        if (p.stages == 0 || split == 7) continue;  // clusters of 7 have not been tried
+        const int64_t time = prefill_time(p, a, device);
+        if (best.tokens == 0 || time < least) best = p, least = time;
+      }
   }
   return best;
 }
 
-inline Path choose_path(const DecodeArgs& a, int bits, const Device& device) {
+inline Path choose_path(const PrefillArgs& a, int bits, const Device& device) {
   const bool wgmma = device.capability == 90 && a.k % 8 == 0;  // TMA wants rows of x 16-byte aligned
-  if (a.m <= (wgmma ? 16 : 64)) {
+  if (a.m <= (wgmma ? 8 : 64)) {
     DecodeArgs one = a;
     one.m = std::min(a.m, 1);  // where shared memory cannot hold a single token of x, there is no decoding
     return choose_decode(one, bits, device).k_warps > 0 ? Path::decode : Path::dense;
   }
   if (!wgmma) return Path::dense;
-  // Dequantizing writes 800 weights a cycle, cuBLAS then does 1500 multiply-adds a cycle and processor.
-  const int64_t weights = int64_t(a.n) * a.k, dense = weights / 800 + weights / (1500 * device.processors) * a.m;
-  return a.m >= 256 && dense < choose_prefill(a, device).cycles ? Path::dense : Path::prefill;
+  // Dequantizing writes 1400 weights a nanosecond; cuBLAS then does 3000 multiply-adds a nanosecond and processor.
+  const int64_t weights = int64_t(a.n) * a.k, dense = weights / 1400 + weights / (3000 * device.processors) * a.m;
+  return a.m >= 256 && dense < prefill_time(choose_prefill(a, bits, device), a, device) ? Path::dense : Path::prefill;
 }
 
 }  // namespace woq

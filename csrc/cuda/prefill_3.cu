@@ -1,3 +1,3 @@
 #include "prefill_launch.cuh"
 
-template cudaError_t woq::launch_prefill<3>(const DecodeArgs&, bool, int, bool, cudaStream_t);
+template cudaError_t woq::launch_prefill<3>(const PrefillArgs&, bool, const PrefillPlan&, int, bool, cudaStream_t);

@@ -9,7 +9,7 @@
 namespace woq {
 
 // x as TMA sees it: [m, k] in tiles of `tokens` x 64, swizzled. The driver's function is looked up, not linked.
-inline cudaError_t describe_x(CUtensorMap* map, const DecodeArgs& a, bool is_bf16, int tokens) {
+inline cudaError_t describe_x(CUtensorMap* map, const PrefillArgs& a, bool is_bf16, int tokens) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                               const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {
@@ -27,29 +27,27 @@ inline cudaError_t describe_x(CUtensorMap* map, const DecodeArgs& a, bool is_bf1
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class T, int BITS, int TOKENS>
-cudaError_t launch_tile(DecodeArgs a, bool is_bf16, bool early_start, cudaStream_t stream) {
-  const auto kernel = prefill_kernel<T, BITS, TOKENS>;
+template <class T, int BITS, int TOKENS, int GROUPS, int UNITS>
+cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
+  const auto kernel = prefill_kernel<T, BITS, TOKENS, GROUPS, UNITS>;
   static std::atomic<uint64_t> raised{0};  // one bit a device: its shared-memory limit has been raised for this kernel
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess && !(raised.load(std::memory_order_relaxed) >> (device & 63) & 1)) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error == cudaSuccess) raised.fetch_or(uint64_t(1) << (device & 63), std::memory_order_relaxed);
   }
   if (error != cudaSuccess) return error;
-  a.row_warps = kRowGroups, a.k_warps = 1;
-  while (a.stages > 2 && PrefillLayout<T, BITS, TOKENS>::total(a.stages, a.split) > limit) --a.stages;
   CUtensorMap map;
   error = describe_x(&map, a, is_bf16, TOKENS);
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.split, (a.row_groups + kRowGroups - 1) / kRowGroups, (a.m + TOKENS - 1) / TOKENS);
-  config.blockDim = dim3(kPrefillThreads);
-  config.dynamicSmemBytes = PrefillLayout<T, BITS, TOKENS>::total(a.stages, a.split);
+  config.gridDim = dim3(a.split, blocks);
+  config.blockDim = dim3(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
   if (a.split > 1) {
@@ -65,20 +63,31 @@ cudaError_t launch_tile(DecodeArgs a, bool is_bf16, bool early_start, cudaStream
   return cudaLaunchKernelEx(&config, kernel, a, map);
 }
 
+template <class T, int BITS, int TOKENS, int GROUPS>
+cudaError_t launch_tile(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
+  return a.group_units % 4 == 0 ? launch_kernel<T, BITS, TOKENS, GROUPS, 4>(a, is_bf16, bytes, blocks, early_start, stream)
+                                : launch_kernel<T, BITS, TOKENS, GROUPS, 1>(a, is_bf16, bytes, blocks, early_start, stream);
+}
+
 template <class T, int BITS>
-cudaError_t launch_tokens(const DecodeArgs& a, bool is_bf16, int tokens, bool early_start, cudaStream_t stream) {
-  switch (tokens) {
-    case 16: return launch_tile<T, BITS, 16>(a, is_bf16, early_start, stream);
-    case 32: return launch_tile<T, BITS, 32>(a, is_bf16, early_start, stream);
-    case 64: return launch_tile<T, BITS, 64>(a, is_bf16, early_start, stream);
-    default: return launch_tile<T, BITS, 128>(a, is_bf16, early_start, stream);
+cudaError_t launch_plan(const PrefillArgs& a, bool is_bf16, const PrefillPlan& plan, int blocks, bool early_start, cudaStream_t stream) {
+  const int bytes = plan.shared_bytes(BITS);
+  switch (8 * plan.tokens + plan.groups) {
+    case 8 * 16 + 2: return launch_tile<T, BITS, 16, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 16 + 4: return launch_tile<T, BITS, 16, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 32 + 2: return launch_tile<T, BITS, 32, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 32 + 4: return launch_tile<T, BITS, 32, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 64 + 2: return launch_tile<T, BITS, 64, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 64 + 4: return launch_tile<T, BITS, 64, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 128 + 4: return launch_tile<T, BITS, 128, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    default: return cudaErrorInvalidConfiguration;
   }
 }
 
 template <int BITS>
-cudaError_t launch_prefill(const DecodeArgs& a, bool is_bf16, int tokens, bool early_start, cudaStream_t stream) {
-  return is_bf16 ? launch_tokens<__nv_bfloat16, BITS>(a, true, tokens, early_start, stream)
-                 : launch_tokens<__half, BITS>(a, false, tokens, early_start, stream);
+cudaError_t launch_prefill(const PrefillArgs& a, bool is_bf16, const PrefillPlan& plan, int blocks, bool early_start, cudaStream_t stream) {
+  return is_bf16 ? launch_plan<__nv_bfloat16, BITS>(a, true, plan, blocks, early_start, stream)
+                 : launch_plan<__half, BITS>(a, false, plan, blocks, early_start, stream);
 }
 
 }  // namespace woq

@@ -25,6 +25,63 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// ------------------------------------------------------------------------------------------------ loads
+// A place in shared memory by its 32-bit address, and reads that take either kind of pointer.
+struct Shared {
+  uint32_t address;
+};
+__device__ __forceinline__ Shared operator+(Shared s, int offset) { return {s.address + offset}; }
+
+template <class V>
+__device__ __forceinline__ V read(const uint8_t* from) {
+  return *reinterpret_cast<const V*>(from);
+}
+template <class V>
+__device__ __forceinline__ V read(Shared from);
+template <>
+__device__ __forceinline__ uint16_t read<uint16_t>(Shared from) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from.address) : "memory");
+  return v;
+}
+template <>
+__device__ __forceinline__ uint32_t read<uint32_t>(Shared from) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
+  return v;
+}
+template <>
+__device__ __forceinline__ uint2 read<uint2>(Shared from) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from.address) : "memory");
+  return v;
+}
+template <>
+__device__ __forceinline__ uint4 read<uint4>(Shared from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from.address) : "memory");
+  return v;
+}
+template <>
+__device__ __forceinline__ float4 read<float4>(Shared from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from.address) : "memory");
+  return v;
+}
+// Marks between thread blocks: what was written before the release is there after the acquire.
+__device__ __forceinline__ void store_release(uint64_t* to, uint64_t v) { asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(v) : "memory"); }
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
+}
+// 8x8 elements of 16 bits, two a lane, rows and columns exchanged.
+__device__ __forceinline__ uint32_t transpose(uint32_t v) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
 // ------------------------------------------------------------------------------------------------ tensor cores
 // D += A B with A 16x16 (row major), B 16x8 (column major), D 16x8 in fp32.
 template <class T>

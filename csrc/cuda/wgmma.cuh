@@ -19,8 +19,10 @@ template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
 // Descriptor of N rows of 64 inputs, 128 bytes a row, swizzled: start address, 1024 bytes between groups of eight rows.
-__device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// `offset` is a constant: one addition to what all operands of a stage share, where masking the sum took four in a row.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t stage, uint32_t offset) {
+  const uint32_t low = (stage >> 4 | 1u << 16) + (offset >> 4);
+  return uint64_t(1024 >> 4 | 1u << 30) << 32 | low;
 }
 
 // Tile at (column, row) of the tensor behind `map`; outside of it, zeros.

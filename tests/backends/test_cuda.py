@@ -139,16 +139,68 @@ def test_every_decode_plan_gives_the_same_product(plan: list[int], m: int) -> No
     assert_close(run(state, x, plan), x, weight, rounded_weights=False)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("split", [1, 2, 4, 8])
-@pytest.mark.parametrize("tile", [16, 32, 64, 128])
-def test_every_prefill_plan_gives_the_same_product(tile: int, split: int) -> None:
+def prefill_only() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma is sm_90a's")
-    state, weight = prepared(WeightSpec(1096, 600, 4, 64, False), torch.float16)
-    for m in (tile - 3, 2 * tile + 1):
+
+
+TILES = [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)]  # tokens, row groups
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_every_prefill_plan_gives_the_same_product(
+    tile: tuple[int, int], split: int, group_size: int
+) -> None:
+    prefill_only()
+    state, weight = prepared(WeightSpec(1096, 600, 4, group_size, False), torch.float16)
+    for m in (tile[0] - 3, 2 * tile[0] + 1):
         x = tokens(m, 1096, torch.float16, device="cuda")
-        assert_close(run(state, x, [tile, 5, split]), x, weight, rounded_weights=True)
+        y = run(state, x, [*tile, 0, split])
+        assert_close(y, x, weight, rounded_weights=True)
+        assert torch.equal(y, run(state, x, [*tile, 0, split])), "repeated runs differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES)
+def test_more_tiles_than_thread_blocks(tile: tuple[int, int]) -> None:
+    """Whole tiles in waves, then shares of what is left over, and an odd number of outputs."""
+    prefill_only()
+    state, weight = prepared(WeightSpec(456, 64 * 4 * 61 + 5, 4, 128, True), torch.bfloat16)
+    for tiles in (3, 6):
+        x = tokens(tiles * tile[0] - 1, 456, torch.bfloat16, device="cuda")
+        assert_close(run(state, x, [*tile, 0, 1]), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
+def test_graph_replays_of_shared_tiles_on_two_streams() -> None:
+    """Sums left in memory are marked by launch: neither a replay nor another stream may take old ones for new."""
+    prefill_only()
+    state, _ = prepared(WeightSpec(2048, 1024, 4, 128, True), torch.bfloat16)
+    inputs = [tokens(100, 2048, torch.bfloat16, device="cuda", seed=seed) for seed in range(4)]
+    expected = [run(state, x, [64, 4, 0, 1]) for x in inputs]
+    streams, graphs, x = (
+        [torch.cuda.Stream() for _ in range(2)],
+        [],
+        [torch.empty_like(inputs[0]) for _ in range(2)],
+    )
+    out = []
+    for stream, given in zip(streams, x, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out.append([run(state, given, [64, 4, 0, 1]) for _ in range(3)])
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for turn in range(12):
+        for i in range(2):
+            with torch.cuda.stream(streams[i]):
+                x[i].copy_(inputs[(turn + i) % 4])
+                graphs[i].replay()
+        torch.cuda.synchronize()
+        for i in range(2):
+            assert all(torch.equal(y, expected[(turn + i) % 4]) for y in out[i])
 
 
 @pytest.mark.gpu

@@ -24,15 +24,22 @@ int main() {
           for (int k : {1, 64, 72, 128, 1000, 4096, 11008, 14336, 53248})
             for (int group : {32, 96, 128, (k + 31) / 32 * 32})
               for (int m : {1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 100, 256, 1000, 8192}) {
-                DecodeArgs a = {};
+                PrefillArgs a = {};
                 a.m = m, a.n = n, a.k = k;
                 a.row_groups = (n + 63) / 64, a.k_blocks = (k + 63) / 64, a.groups = (k + group - 1) / group;
                 a.group_units = group / 32, a.scale_stride = stride;
                 ++cases;
                 const Path path = choose_path(a, bits, device);
                 if (path == Path::prefill) {
-                  const PrefillPlan p = choose_prefill(a, device);
-                  bad += p.tokens < 16 || p.tokens > 128 || p.split > 4 || !power_of_two(p.split) || p.stages < 2;
+                  const PrefillPlan p = choose_prefill(a, bits, device);
+                  PrefillArgs cut = a;
+                  const int64_t blocks = divide(p, device.processors, cut), turns = (a.k_blocks + 1) / 2, rest = cut.tiles - cut.whole;
+                  // Whole tiles come in full waves; every thread block then has a turn of what is left, or nobody does.
+                  const bool shared_out = p.split > 1 ? rest == 0 && p.split <= turns
+                                                      : rest >= 0 && cut.whole % blocks == 0 && (rest == 0 || rest * turns >= blocks);
+                  const bool fine = p.tokens >= 16 && p.tokens <= 128 && p.split >= 1 && p.split <= 8 && p.stages >= 2 && p.stages <= kMostStages &&
+                                    p.shared_bytes(bits) <= device.shared_limit / p.residents() && blocks >= 1 && shared_out;
+                  if (!fine) { ++bad; std::printf("prefill: bits %d n %d k %d m %d: %d %d %d %d\n", bits, n, k, m, p.tokens, p.groups, p.stages, p.split); }
                 }
                 if (path != Path::decode) continue;
                 a.m = m < kDecodeTokens ? m : kDecodeTokens;

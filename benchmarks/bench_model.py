@@ -1,0 +1,219 @@
+"""Tokens a second of a Llama-3-8B-shaped model with random weights on one GPU: bf16, then its linears packed, in one run.
+
+    python benchmarks/bench_model.py --out benchmarks/results/model_h200.csv
+
+The model is made on the device; after the bf16 figures every linear of its decoder layers is rounded to nearest and replaced
+by a `QuantLinear`, in place, so that nothing is written to disk and both runs share everything else. Decoding: batch 1,
+static cache, one step in a CUDA graph, every token the argmax of the step before. Prefill: one forward of 2048 tokens.
+Small functions around the linears (norms, rotary embedding, the gated activation) go through torch.compile in both runs,
+unless --eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama import modeling_llama
+
+from woq.algorithms.rtn import round_to_nearest
+from woq.linear import QuantLinear
+from woq.weights import WeightSpec
+
+FIELDS = [
+    "commit",
+    "date",
+    "gpu",
+    "torch",
+    "model",
+    "backend",
+    "bits",
+    "group_size",
+    "layers",
+    "phase",
+    "tokens",
+    "unit",
+    "p20",
+    "p50",
+    "p80",
+]
+BF16 = torch.bfloat16
+
+
+def llama(layers: int, hidden: int) -> LlamaForCausalLM:
+    """Llama-3-8B's shape for hidden == 4096, on the device, weights of its initialisation."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=max(1, hidden // 512),
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        dtype=BF16,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return LlamaForCausalLM._from_config(config, dtype=BF16).eval()
+
+
+@torch.no_grad()
+def pack_layers(model: nn.Module, bits: int, group_size: int, backend: str) -> None:
+    """Replace every linear of the decoder layers; the head stays, as `quantize` leaves it unless asked."""
+    for parent in [
+        m for m in model.model.layers.modules() if any(isinstance(c, nn.Linear) for c in m.children())
+    ]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                spec = WeightSpec(
+                    linear.in_features, linear.out_features, bits, group_size, True, scale_dtype=BF16
+                )
+                packed = round_to_nearest(linear.weight.float(), spec, "minmax").pack()
+                setattr(parent, name, QuantLinear(packed, backend=backend))
+
+
+def compile_small_parts() -> None:
+    modeling_llama.LlamaRMSNorm.forward = torch.compile(modeling_llama.LlamaRMSNorm.forward, dynamic=False)
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
+    gate = torch.compile(lambda g, u: nn.functional.silu(g) * u, dynamic=False)
+
+    def gated(self: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(gate(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+    modeling_llama.LlamaMLP.forward = gated
+
+
+@torch.inference_mode()
+def decode_rates(model: LlamaForCausalLM, prompt: int, steps: int, repeats: int) -> list[float]:
+    """Tokens a second of `repeats` runs of `steps` replays of one decoding step."""
+    cache = StaticCache(config=model.config, max_cache_len=prompt + steps * (repeats + 1) + 8)
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), device="cuda")
+    position = torch.full((1,), prompt, device="cuda")
+    token = (
+        model(
+            ids, past_key_values=cache, cache_position=torch.arange(prompt, device="cuda"), logits_to_keep=1
+        )
+        .logits[:, -1]
+        .argmax(-1, keepdim=True)
+    )
+
+    def step() -> None:
+        logits = model(
+            token, past_key_values=cache, cache_position=position, position_ids=position[None]
+        ).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        position.add_(1)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(), step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    rates = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            graph.replay()
+        torch.cuda.synchronize()
+        rates.append(steps / (time.perf_counter() - start))
+    return sorted(rates)
+
+
+@torch.inference_mode()
+def prefill_times(model: LlamaForCausalLM, tokens: int, repeats: int) -> list[float]:
+    """Milliseconds of a forward of `tokens` tokens, logits of the last one alone."""
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")
+    times = []
+    for turn in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(ids, use_cache=False, logits_to_keep=1)
+        torch.cuda.synchronize()
+        if turn >= 2:
+            times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.csv"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096, help="4096 is Llama-3-8B's")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
+    args = parser.parse_args()
+    commit = (
+        args.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
+    if not args.eager:
+        compile_small_parts()
+    model = llama(args.layers, args.hidden)
+    new = not args.out.exists()
+    with args.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        medians = {}
+        for backend in ("bf16", args.backend):
+            if backend != "bf16":
+                started = time.perf_counter()
+                pack_layers(model, args.bits, args.group_size, backend)
+                torch.cuda.synchronize()
+                print(f"packed in {time.perf_counter() - started:.1f} s", flush=True)
+            for phase, unit, values in (
+                ("decode", "tokens/s", decode_rates(model, args.prompt, args.steps, args.repeats)),
+                ("prefill", "ms", prefill_times(model, args.prefill, args.repeats)),
+            ):
+                p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
+                medians[backend, phase] = p50
+                writer.writerow(
+                    {
+                        "commit": commit,
+                        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                        "gpu": torch.cuda.get_device_name(),
+                        "torch": torch.__version__,
+                        "model": f"llama {args.hidden}",
+                        "backend": backend,
+                        "bits": 16 if backend == "bf16" else args.bits,
+                        "group_size": args.group_size,
+                        "layers": args.layers,
+                        "phase": phase,
+                        "tokens": 1 if phase == "decode" else args.prefill,
+                        "unit": unit,
+                        "p20": f"{p20:.5g}",
+                        "p50": f"{p50:.5g}",
+                        "p80": f"{p80:.5g}",
+                    }
+                )
+                print(f"{backend} {phase}: {p50:.5g} {unit}", flush=True)
+    decode = medians[args.backend, "decode"] / medians["bf16", "decode"]
+    print(
+        f"decode {decode:.2f}x of bf16, prefill {medians['bf16', 'prefill'] / medians[args.backend, 'prefill']:.2f}x"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+// What a prefill launch is told.
+#pragma once
+
+#include "decode_args.h"
+
+namespace woq {
+
+constexpr int kTurnBlocks = 2;  // blocks of a row group in a stage
+
+// `stages` and `split` of the plan are in DecodeArgs; k_warps and row_warps mean nothing here.
+struct PrefillArgs : DecodeArgs {
+  int token_tiles, tiles;  // tiles along the tokens; all
+  int whole;               // tiles that one thread block computes alone; the rest is shared out by turns (split == 1)
+  void* partial;           // sums that thread blocks leave for others
+  uint64_t* ready;         // a mark for each of them: `launch` once it is there
+  uint64_t launch;         // a number of this launch's own
+};
+
+// Tiles are 64 `groups` rows x `tokens` tokens; see prefill.cuh.
+struct PrefillPlan {
+  int tokens, groups, stages, split;  // split: at most the turns of K
+
+  static constexpr int scale_room = 2 * kTurnBlocks * 192;  // of a row group in a stage: four groups with zero points
+  static constexpr WOQ_HOST_DEVICE int stage_bytes(int tokens, int groups, int bits) {
+    return (kTurnBlocks * (tokens * kBlock * 2 + groups * 512 * bits) + groups * scale_room + 1023) / 1024 * 1024;
+  }
+  // Whether the cluster's sums have room beside the ring.
+  static constexpr WOQ_HOST_DEVICE bool gather_apart(int tokens, int groups) { return tokens * groups * kBlock * 4 <= 32768; }
+
+  int residents() const { return groups > 2 ? 1 : 2; }  // thread blocks a processor
+  int shared_bytes(int bits) const {
+    const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
+    const int sums = split > 1 ? (parts + split - 1) / split * split * 512 : 0;
+    return 1024 + (gather_apart(tokens, groups) ? ring + sums : ring > 1024 + sums ? ring : 1024 + sums);  // 1024 align the base
+  }
+};
+
+// How a launch of `plan` divides `a`; returns the thread blocks, times plan.split for the grid.
+inline int divide(const PrefillPlan& plan, int processors, PrefillArgs& a) {
+  const int turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks;
+  a.stages = plan.stages, a.split = plan.split;
+  a.token_tiles = (a.m + plan.tokens - 1) / plan.tokens;
+  a.tiles = (a.row_groups + plan.groups - 1) / plan.groups * a.token_tiles;
+  a.whole = a.tiles;
+  if (plan.split > 1) return a.tiles;
+  const int64_t most = int64_t(a.tiles) * turns;
+  const int blocks = most < plan.residents() * processors ? int(most) : plan.residents() * processors;
+  // A share of leftovers is at least a tile where there are so many: then few thread blocks meet in one.
+  if (a.tiles % blocks != 0) a.whole = a.tiles < blocks ? 0 : (a.tiles / blocks - 1) * blocks;
+  return blocks;
+}
+
+// Bytes of a.partial, then of a.ready, for that.
+inline int64_t partial_bytes(const PrefillPlan& plan, const PrefillArgs& a, int blocks) {
+  return a.whole < a.tiles ? int64_t(blocks) * plan.groups * kBlock * plan.tokens * 4 : 0;
+}
+inline int64_t ready_bytes(const PrefillPlan& plan, const PrefillArgs& a, int blocks) { return a.whole < a.tiles ? int64_t(blocks) * plan.groups * 8 : 0; }
+
+}  // namespace woq
