@@ -7,47 +7,68 @@ import torch
 
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq.backends import triton as backend
-from woq.backends.triton import Tiling
+from woq.backends.triton_layout import arrange, block_of
+from woq.backends.triton_plans import Plan
 from woq.weights import WeightSpec
 
-SMALL = Tiling(16, 16, 32, 1, 1, 1)
-SPLIT = Tiling(16, 16, 32, 3, 1, 1)
-LARGE = Tiling(32, 32, 64, 1, 1, 1)
+DECODE = Plan("decode", 8, 16, 2, 1, 1)
+WIDE = Plan("decode", 16, 32, 1, 1, 1)
+PREFILL = Plan("prefill", 16, 32, 1, 1, 1)
+SPLIT = Plan("prefill", 16, 16, 3, 1, 1)
+DENSE = Plan("dense", 0, 16, 1, 1, 1)
+PLANS = {"decode": DECODE, "wide": WIDE, "prefill": PREFILL, "split": SPLIT, "dense": DENSE}
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("name", PLANS)
+def test_every_width_and_kernel_matches_the_reference(bits: int, name: str) -> None:
+    plan, sym = PLANS[name], name in ("wide", "split")
+    weight = random_weight(WeightSpec(2 * block_of(bits), 32, bits, 64, sym), seed=bits)
+    x = tokens(3, weight.spec.in_features, torch.float16)
+    assert_close(backend.run(x, arrange(weight), plan), x, weight, rounded_weights=name == "dense")
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("group_size", "m"), [(32, 1), (128, 17), (256, 2), (300, 3)])
+def test_ragged_sizes_and_groups(group_size: int, m: int, name: str) -> None:
+    weight = random_weight(WeightSpec(300, 23, 4, group_size, False))
+    x = tokens(m, 300, torch.float16)
+    assert_close(backend.run(x, arrange(weight), PLANS[name]), x, weight, rounded_weights=name == "dense")
+
+
 @pytest.mark.parametrize(
-    ("tiling", "sym"), [(SMALL, True), (SPLIT, False), (LARGE, False)], ids=["small", "split", "large"]
+    ("group_size", "dtype"), [(7, torch.float16), (48, torch.float32), (64, torch.float32)]
 )
-def test_every_width_and_tiling_matches_the_reference(bits: int, sym: bool, tiling: Tiling) -> None:
-    weight = random_weight(WeightSpec(192, 24, bits, 64, sym), seed=bits)
-    x = tokens(3, 192, torch.float32)
-    assert_close(backend.run(x, backend.arrange(weight), tiling), x, weight, rounded_weights=False)
-
-
-@pytest.mark.parametrize("group_size", [32, 48, 100, 7])
-@pytest.mark.parametrize("m", [1, 17])
-def test_ragged_sizes_and_groups(group_size: int, m: int) -> None:
+def test_groups_of_any_size_and_float32_are_dequantized(group_size: int, dtype: torch.dtype) -> None:
     weight = random_weight(WeightSpec(100, 23, 4, group_size, False))
-    x = tokens(m, 100, torch.float16)
-    assert_close(backend.run(x, backend.arrange(weight), SPLIT), x, weight, rounded_weights=True)
+    x = tokens(2, 100, dtype)
+    y = backend.TritonBackend().apply(x, arrange(weight))
+    assert_close(y, x, weight, rounded_weights=dtype == torch.float16)
 
 
 @pytest.mark.parametrize("irregular", [False, True])
 def test_activation_order(irregular: bool) -> None:
-    spec = WeightSpec(128, 16, 4, 32, False, desc_act=True)
-    weight = random_weight(spec, irregular_order=irregular)
+    weight = random_weight(WeightSpec(128, 16, 4, 32, False, desc_act=True), irregular_order=irregular)
     x = tokens(5, 128, torch.float16)
-    assert_close(backend.run(x, backend.arrange(weight), SMALL), x, weight, rounded_weights=True)
+    y = backend.TritonBackend().apply(x, arrange(weight))
+    assert_close(y, x, weight, rounded_weights=irregular)
 
 
-def test_the_operator_takes_its_tiling_from_the_table_and_has_a_gradient() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_operator_takes_any_leading_shape_and_has_a_gradient(dtype: torch.dtype) -> None:
     weight = random_weight(WeightSpec(128, 16, 4, 32, True, desc_act=True))
-    state = backend.arrange(weight)
-    x = tokens(2, 128, torch.float32).requires_grad_()
-    y = backend.TritonBackend().apply(x.view(1, 2, 128), state)
+    x = tokens(2, 128, dtype).requires_grad_()
+    y = backend.TritonBackend().apply(x.view(1, 2, 128), arrange(weight))
     assert y.shape == (1, 2, 16)
-    assert_close(y[0].detach(), x.detach(), weight, rounded_weights=False)
+    assert_close(y[0].detach(), x.detach(), weight, rounded_weights=dtype == torch.float32)
     y.sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
+    expected = weight.dequantize().sum(0).expand(2, -1)
+    torch.testing.assert_close(
+        x.grad.float(), expected, atol=1e-2 if dtype == torch.float16 else 1e-5, rtol=1e-2
+    )
+
+
+def test_no_tokens_give_no_rows() -> None:
+    weight = random_weight(WeightSpec(128, 16, 4, 32, True))
+    assert backend.TritonBackend().apply(tokens(0, 128, torch.float16), arrange(weight)).shape == (0, 16)

@@ -1,0 +1,196 @@
+"""Measure the Triton kernels' plans on this machine's GPU, and print the best as rows of woq/backends/triton_plans.py.
+
+    python -m benchmarks.tune_triton --compile-only          # fills Triton's cache, with all cores
+    python -m benchmarks.tune_triton --out triton_plans.csv  # times, one line a plan, shape and number of tokens
+    python -m benchmarks.tune_triton --rows triton_plans.csv
+
+Shapes and method are those of bench_linear.py: one CUDA graph over enough distinct layers to exceed L2 several times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.bench_linear import SHAPES
+from woq.backends.triton import run
+from woq.backends.triton_layout import TritonState, block_of
+from woq.backends.triton_plans import Plan
+
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+FOOTPRINT = 200e6  # bytes of packed weights: more than three times an H200's L2
+FIELDS = ["device", "bits", "tokens", "n", "k", *Plan._fields, "us"]
+
+
+def decode_plans(
+    bits: int, block_m: int, stages: tuple[int, ...], tiles: list[tuple[int, int, int]]
+) -> Iterator[Plan]:
+    """tiles: block_n, parts, warps, for blocks of 128 inputs; larger blocks have fewer parts."""
+    for (block_n, parts, warps), depth in itertools.product(tiles, stages):
+        fewer = max(1, parts * 128 // block_of(bits))
+        yield Plan("decode", block_m, block_n, fewer, min(warps, fewer * block_n // 16), depth)
+
+
+def prefill_plans(block_m: int, parts: tuple[int, ...], stages: tuple[int, ...]) -> Iterator[Plan]:
+    shapes = ((64, 4), (128, 4), (128, 8))
+    for (block_n, warps), part, depth in itertools.product(shapes, parts, stages):
+        if block_m * block_n * 2 // (32 * warps) <= 256:  # two float32 accumulators in registers
+            yield Plan("prefill", block_m, block_n, part, warps, depth)
+
+
+def candidates(bits: int, tokens: int) -> list[Plan]:
+    """What is worth a measurement for so many tokens."""
+    narrow = [(16, 2, 2), (16, 4, 4), (16, 8, 4), (16, 8, 8), (16, 16, 8), (32, 2, 4), (32, 4, 4), (32, 4, 8),
+              (32, 8, 4), (32, 8, 8), (64, 2, 4), (64, 4, 4), (64, 4, 8), (64, 8, 8)]  # fmt: skip
+    wide = [(32, 4, 4), (32, 8, 8), (64, 2, 4), (64, 4, 4), (64, 4, 8), (64, 8, 8)]
+    dense = [Plan("dense", 0, rows, 1, 4, 1) for rows in (4096, 8192, 1 << 20)]
+    if tokens <= 16:
+        return list(dict.fromkeys(decode_plans(bits, 8 if tokens <= 8 else 16, (2, 3, 4, 5), narrow)))
+    if tokens <= 32:
+        found = [*decode_plans(bits, 32, (2, 3, 4), wide), *prefill_plans(32, (1, 2, 4, 8), (2, 3, 4))]
+    elif tokens <= 64:
+        found = [*decode_plans(bits, 64, (2, 3), wide[:4]), *prefill_plans(64, (1, 2, 4, 8), (2, 3, 4))]
+    elif tokens <= 256:
+        found = [*prefill_plans(64, (1, 2, 4), (2, 3, 4)), *prefill_plans(128, (1, 2, 4), (2, 3, 4)), *dense]
+    else:
+        found = [*prefill_plans(128, (1,), (3, 4)), *dense]
+    return list(dict.fromkeys(found))
+
+
+def random_state(n: int, k: int, bits: int) -> TritonState:
+    """A symmetric weight with groups of 128, random to the bit."""
+    block = block_of(bits)
+    shape = (n // 16, -(-k // block), bits * block // 512, 16, 32)
+    words = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device="cuda")
+    scales = (torch.rand(k // 128, n, device="cuda") * 0.01).to(torch.bfloat16)
+    return TritonState(words, scales, None, None, k, bits, 128)
+
+
+def _compile(task: tuple[int, int, Plan]) -> str | None:
+    bits, tokens, plan = task
+    try:
+        run(
+            torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda"),
+            random_state(4096, 4096, bits),
+            plan,
+        )
+        torch.cuda.synchronize()
+    except OutOfResources as error:
+        return f"{plan}: {error}"
+    return None
+
+
+def compile_all(tasks: list[tuple[int, int, Plan]], jobs: int) -> None:
+    """Fill Triton's cache on disk: one process a core."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        refused = [reason for reason in pool.imap_unordered(_compile, tasks) if reason]
+    print(f"{len(tasks)} compiled, {len(refused)} do not fit on this device", flush=True)
+
+
+def microseconds(states: list[TritonState], x: torch.Tensor, plan: Plan) -> float:
+    """Median over replays of one graph that runs all layers, per layer."""
+    run(x, states[0], plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for state in states:
+            run(x, state, plan)
+    times = []
+    for _ in range(6):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(states))
+    return sorted(times[1:])[len(times[1:]) // 2]
+
+
+def measure(bits: int, tokens: tuple[int, ...], writer: csv.DictWriter[str], seconds: float) -> None:
+    """Every candidate on every shape; the best of each goes to the terminal."""
+    began, device = time.monotonic(), torch.cuda.get_device_name()
+    sums: dict[int, float] = {}
+    for name, (n, k) in SHAPES.items():
+        states = [random_state(n, k, bits) for _ in range(max(3, int(FOOTPRINT // (n * k * bits / 8))))]
+        for m in tokens:
+            x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+            best: tuple[float, Plan | None] = (float("inf"), None)
+            for plan in candidates(bits, m):
+                if time.monotonic() - began > seconds:
+                    print("out of time", flush=True)
+                    return
+                try:
+                    us = microseconds(states, x, plan)
+                except OutOfResources:
+                    continue
+                best = min(best, (us, plan), key=lambda pair: pair[0])
+                writer.writerow(
+                    {
+                        "device": device,
+                        "bits": bits,
+                        "tokens": m,
+                        "n": n,
+                        "k": k,
+                        **plan._asdict(),
+                        "us": f"{us:.2f}",
+                    }
+                )
+            sums[m] = sums.get(m, 0.0) + best[0]
+            print(f"{bits} bits {name:8s} {m:5d} tokens {best[0]:8.2f} us {tuple(best[1] or ())}", flush=True)
+    print(f"{bits} bits, us for the four:", {m: round(us, 1) for m, us in sums.items()}, flush=True)
+
+
+def print_rows(paths: list[Path]) -> None:
+    """The best plan of each width, number of tokens and shape. A row serves up to its number of tokens, the last all."""
+    best: dict[tuple[int, int, int, int], tuple[float, Plan]] = {}
+    for path in paths:
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                key = tuple(int(row[field]) for field in ("bits", "tokens", "n", "k"))
+                plan = Plan(row["kernel"], *(int(row[field]) for field in Plan._fields[1:]))  # type: ignore[arg-type]
+                best[key] = min(best.get(key, (float("inf"), plan)), (float(row["us"]), plan))  # type: ignore[index, arg-type]
+    last = {bits: max(key[1] for key in best if key[0] == bits) for bits, *_ in best}
+    for (bits, tokens, n, k), (_, plan) in sorted(best.items()):
+        bound = "ANY" if tokens == last[bits] else tokens
+        print(f'    Row({bits}, {bound}, {n}, {k}, Plan("{plan.kernel}", {", ".join(map(str, plan[1:]))})),')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--out", type=Path, default=Path("triton_plans.csv"))
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop measuring a width after so long"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument(
+        "--rows", nargs="+", type=Path, help="print the best rows of these files and measure nothing"
+    )
+    args = parser.parse_args()
+    if args.rows:
+        print_rows(args.rows)
+        return
+    tasks = [(bits, m, plan) for bits in args.bits for m in args.tokens for plan in candidates(bits, m)]
+    if args.compile_only:
+        compile_all(tasks, args.jobs)
+        return
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        for bits in args.bits:
+            measure(bits, tuple(args.tokens), writer, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
