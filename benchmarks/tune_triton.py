@@ -1,8 +1,8 @@
-"""Measure the Triton kernels' plans on this machine's GPU, and print the best as rows of woq/backends/triton_plans.py.
+"""Measure the Triton kernels' plans on this machine's GPU, and print the best as woq/backends/triton_measured.py.
 
     python -m benchmarks.tune_triton --compile-only          # fills Triton's cache, with all cores
     python -m benchmarks.tune_triton --out triton_plans.csv  # times, one line a plan, shape and number of tokens
-    python -m benchmarks.tune_triton --rows triton_plans.csv
+    python -m benchmarks.tune_triton --rows triton_plans.csv --prefix "NVIDIA H" > woq/backends/triton_measured.py
 
 Shapes and method are those of bench_linear.py: one CUDA graph over enough distinct layers to exceed L2 several times.
 """
@@ -19,51 +19,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from benchmarks.bench_linear import SHAPES
-from woq.backends.triton import run
+from woq.backends import triton, triton_measured
+from woq.backends.triton import Abilities, run
 from woq.backends.triton_layout import TritonState, block_of
-from woq.backends.triton_plans import Plan
+from woq.backends.triton_plans import ANY, Plan, fitted
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FOOTPRINT = 200e6  # bytes of packed weights: more than three times an H200's L2
 FIELDS = ["device", "bits", "tokens", "n", "k", *Plan._fields, "us"]
 
 
-def decode_plans(
-    bits: int, block_m: int, stages: tuple[int, ...], tiles: list[tuple[int, int, int]]
-) -> Iterator[Plan]:
-    """tiles: block_n, parts, warps, for blocks of 128 inputs; larger blocks have fewer parts."""
-    for (block_n, parts, warps), depth in itertools.product(tiles, stages):
+def decode_plans(bits: int, block_m: int) -> Iterator[Plan]:
+    """With blocks of 128 inputs; larger blocks have fewer parts."""
+    tiles = [(16, 4, 4), (16, 8, 4), (16, 16, 4), (16, 16, 8), (32, 4, 4), (32, 8, 4), (32, 16, 4), (64, 4, 4),
+             (64, 8, 4), (128, 4, 4)]  # fmt: skip
+    stages = (2, 3, 4, 5) if bits == 4 else (2, 3)
+    for (block_n, parts, warps), depth, early in itertools.product(tiles, stages, (False, True)):
         fewer = max(1, parts * 128 // block_of(bits))
-        yield Plan("decode", block_m, block_n, fewer, min(warps, fewer * block_n // 16), depth)
+        if fewer * block_n >= 16 * warps:  # else warps would do the same work twice
+            yield Plan("decode", block_m, block_n, fewer, warps, depth, early)
 
 
-def prefill_plans(block_m: int, parts: tuple[int, ...], stages: tuple[int, ...]) -> Iterator[Plan]:
-    shapes = ((64, 4), (128, 4), (128, 8))
-    for (block_n, warps), part, depth in itertools.product(shapes, parts, stages):
+def prefill_plans(bits: int, block_m: int, parts: tuple[int, ...]) -> Iterator[Plan]:
+    """Tiles for wgmma: whole warp groups, a tile of 64 outputs each at least."""
+    shapes, stages = ((64, 4), (128, 4), (128, 8)), (3, 4) if bits == 4 else (2, 3)
+    for (block_n, warps), part, depth, early in itertools.product(shapes, parts, stages, (False, True)):
         if block_m * block_n * 2 // (32 * warps) <= 256:  # two float32 accumulators in registers
-            yield Plan("prefill", block_m, block_n, part, warps, depth)
+            yield Plan("prefill", block_m, block_n, part, warps, depth, early)
 
 
-def candidates(bits: int, tokens: int) -> list[Plan]:
-    """What is worth a measurement for so many tokens."""
-    narrow = [(16, 2, 2), (16, 4, 4), (16, 8, 4), (16, 8, 8), (16, 16, 8), (32, 2, 4), (32, 4, 4), (32, 4, 8),
-              (32, 8, 4), (32, 8, 8), (64, 2, 4), (64, 4, 4), (64, 4, 8), (64, 8, 8)]  # fmt: skip
-    wide = [(32, 4, 4), (32, 8, 8), (64, 2, 4), (64, 4, 4), (64, 4, 8), (64, 8, 8)]
-    dense = [Plan("dense", 0, rows, 1, 4, 1) for rows in (4096, 8192, 1 << 20)]
-    if tokens <= 16:
-        return list(dict.fromkeys(decode_plans(bits, 8 if tokens <= 8 else 16, (2, 3, 4, 5), narrow)))
-    if tokens <= 32:
-        found = [*decode_plans(bits, 32, (2, 3, 4), wide), *prefill_plans(32, (1, 2, 4, 8), (2, 3, 4))]
+def candidates(bits: int, tokens: int, early: bool = False) -> list[Plan]:
+    """What is worth a measurement for so many tokens; with `early` only plans that start early."""
+    dense = [Plan("dense", 0, rows, 1, 4, 1, early) for rows in (4096, 8192) for early in (False, True)]
+    if tokens <= 8:
+        found = [*decode_plans(bits, 8)]
+    elif tokens <= 16:
+        found = [*decode_plans(bits, 16), *prefill_plans(bits, 16, (2, 4, 8))]
     elif tokens <= 64:
-        found = [*decode_plans(bits, 64, (2, 3), wide[:4]), *prefill_plans(64, (1, 2, 4, 8), (2, 3, 4))]
+        found = [*prefill_plans(bits, 32 if tokens <= 32 else 64, (1, 2, 4, 8))]
     elif tokens <= 256:
-        found = [*prefill_plans(64, (1, 2, 4), (2, 3, 4)), *prefill_plans(128, (1, 2, 4), (2, 3, 4)), *dense]
+        found = [*prefill_plans(bits, 64, (1, 2)), *prefill_plans(bits, 128, (1, 2, 4)), *dense]
     else:
-        found = [*prefill_plans(128, (1,), (3, 4)), *dense]
-    return list(dict.fromkeys(found))
+        found = [*prefill_plans(bits, 128, (1,)), *dense]
+    fit = [plan for plan in dict.fromkeys(found) if fitted(plan, bits, abilities().shared) == plan]
+    return [plan for plan in fit if plan.early or not early]
+
+
+def abilities() -> Abilities:
+    return triton.abilities(torch.device("cuda", 0))
 
 
 def random_state(n: int, k: int, bits: int) -> TritonState:
@@ -75,25 +80,18 @@ def random_state(n: int, k: int, bits: int) -> TritonState:
     return TritonState(words, scales, None, None, k, bits, 128)
 
 
-def _compile(task: tuple[int, int, Plan]) -> str | None:
+def _compile(task: tuple[int, int, Plan]) -> None:
     bits, tokens, plan = task
-    try:
-        run(
-            torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda"),
-            random_state(4096, 4096, bits),
-            plan,
-        )
-        torch.cuda.synchronize()
-    except OutOfResources as error:
-        return f"{plan}: {error}"
-    return None
+    run(torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda"), random_state(4096, 4096, bits), plan)
+    torch.cuda.synchronize()
 
 
 def compile_all(tasks: list[tuple[int, int, Plan]], jobs: int) -> None:
     """Fill Triton's cache on disk: one process a core."""
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        refused = [reason for reason in pool.imap_unordered(_compile, tasks) if reason]
-    print(f"{len(tasks)} compiled, {len(refused)} do not fit on this device", flush=True)
+        for _ in pool.imap_unordered(_compile, tasks, chunksize=2):
+            pass
+    print(f"{len(tasks)} compiled", flush=True)
 
 
 def microseconds(states: list[TritonState], x: torch.Tensor, plan: Plan) -> float:
@@ -115,7 +113,7 @@ def microseconds(states: list[TritonState], x: torch.Tensor, plan: Plan) -> floa
     return sorted(times[1:])[len(times[1:]) // 2]
 
 
-def measure(bits: int, tokens: tuple[int, ...], writer: csv.DictWriter[str], seconds: float) -> None:
+def measure(bits: int, tokens: list[int], early: bool, writer: csv.DictWriter[str], seconds: float) -> None:
     """Every candidate on every shape; the best of each goes to the terminal."""
     began, device = time.monotonic(), torch.cuda.get_device_name()
     sums: dict[int, float] = {}
@@ -124,14 +122,11 @@ def measure(bits: int, tokens: tuple[int, ...], writer: csv.DictWriter[str], sec
         for m in tokens:
             x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
             best: tuple[float, Plan | None] = (float("inf"), None)
-            for plan in candidates(bits, m):
+            for plan in candidates(bits, m, early):
                 if time.monotonic() - began > seconds:
                     print("out of time", flush=True)
                     return
-                try:
-                    us = microseconds(states, x, plan)
-                except OutOfResources:
-                    continue
+                us = microseconds(states, x, plan)
                 best = min(best, (us, plan), key=lambda pair: pair[0])
                 writer.writerow(
                     {
@@ -149,19 +144,28 @@ def measure(bits: int, tokens: tuple[int, ...], writer: csv.DictWriter[str], sec
     print(f"{bits} bits, us for the four:", {m: round(us, 1) for m, us in sums.items()}, flush=True)
 
 
-def print_rows(paths: list[Path]) -> None:
-    """The best plan of each width, number of tokens and shape. A row serves up to its number of tokens, the last all."""
-    best: dict[tuple[int, int, int, int], tuple[float, Plan]] = {}
+def print_rows(paths: list[Path], prefix: str) -> None:
+    """The best plan of each width, number of tokens and shape, as the module of data."""
+    best: dict[tuple[int, ...], tuple[float, tuple[object, ...]]] = {}
     for path in paths:
         with path.open() as file:
             for row in csv.DictReader(file):
                 key = tuple(int(row[field]) for field in ("bits", "tokens", "n", "k"))
-                plan = Plan(row["kernel"], *(int(row[field]) for field in Plan._fields[1:]))  # type: ignore[arg-type]
-                best[key] = min(best.get(key, (float("inf"), plan)), (float(row["us"]), plan))  # type: ignore[index, arg-type]
+                tile = (int(row[field]) for field in Plan._fields[1:-1])
+                found = (float(row["us"]), (row["kernel"], *tile, row["early"] == "True"))
+                best[key] = min(best.get(key, found), found)
+    head, _, _ = Path(triton_measured.__file__).read_text().partition("MEASURED")
+    print(
+        f"{head}MEASURED: dict[str, list[tuple[int, int, int, int, str, int, int, int, int, int, bool]]] = {{"
+    )
+    print(f'    "{prefix}": [')
     last = {bits: max(key[1] for key in best if key[0] == bits) for bits, *_ in best}
     for (bits, tokens, n, k), (_, plan) in sorted(best.items()):
-        bound = "ANY" if tokens == last[bits] else tokens
-        print(f'    Row({bits}, {bound}, {n}, {k}, Plan("{plan.kernel}", {", ".join(map(str, plan[1:]))})),')
+        bound = (
+            ANY if tokens == last[bits] else tokens
+        )  # the largest number of tokens measured serves all above
+        print(f"        {(bits, bound, n, k, *plan)},".replace("'", '"'))
+    print("    ],\n}")
 
 
 def main() -> None:
@@ -179,9 +183,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.rows:
-        print_rows(args.rows)
+        print_rows(args.rows, args.prefix)
         return
-    tasks = [(bits, m, plan) for bits in args.bits for m in args.tokens for plan in candidates(bits, m)]
+    tasks = [
+        (bits, m, plan) for bits in args.bits for m in args.tokens for plan in candidates(bits, m, args.early)
+    ]
     if args.compile_only:
         compile_all(tasks, args.jobs)
         return
@@ -189,7 +195,7 @@ def main() -> None:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         for bits in args.bits:
-            measure(bits, tuple(args.tokens), writer, args.seconds)
+            measure(bits, args.tokens, args.early, writer, args.seconds)
 
 
 if __name__ == "__main__":

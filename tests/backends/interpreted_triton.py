@@ -11,11 +11,11 @@ from woq.backends.triton_layout import arrange, block_of
 from woq.backends.triton_plans import Plan
 from woq.weights import WeightSpec
 
-DECODE = Plan("decode", 8, 16, 2, 1, 1)
-WIDE = Plan("decode", 16, 32, 1, 1, 1)
-PREFILL = Plan("prefill", 16, 32, 1, 1, 1)
-SPLIT = Plan("prefill", 16, 16, 3, 1, 1)
-DENSE = Plan("dense", 0, 16, 1, 1, 1)
+DECODE = Plan("decode", 8, 16, 2, 1, 1, False)
+WIDE = Plan("decode", 16, 32, 1, 1, 1, False)
+PREFILL = Plan("prefill", 16, 32, 1, 1, 1, False)
+SPLIT = Plan("prefill", 16, 16, 3, 1, 1, False)
+DENSE = Plan("dense", 0, 16, 1, 1, 1, False)
 PLANS = {"decode": DECODE, "wide": WIDE, "prefill": PREFILL, "split": SPLIT, "dense": DENSE}
 
 

@@ -16,7 +16,7 @@ from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq.backends import triton as backend
 from woq.backends.base import Target
 from woq.backends.triton_layout import arrange, block_of, fits_kernels, pack_words, unpack_words
-from woq.backends.triton_plans import ANY, LIKE, PLANS, Plan, plan_for
+from woq.backends.triton_plans import ANY, DENSE, LIKE, PLANS, Plan, fitted, plan_for, shared_bytes
 from woq.weights import WeightSpec
 
 CUDA = Target(torch.device("cuda"), torch.bfloat16)
@@ -96,6 +96,23 @@ def test_plans_are_those_of_the_nearest_shape() -> None:
     assert plan_for("", 4, rows[0].tokens + 1, 4096, 4096) == rows[1].plan
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_plans_of_an_unknown_device_fit_into_64_kib(bits: int) -> None:
+    for row in PLANS[""]:
+        plan = fitted(row.plan, bits, 65536)
+        assert shared_bytes(plan, bits) <= 65536
+        assert plan in (row.plan, DENSE) or bits != 4
+
+
+def test_a_plan_gives_up_stages_before_it_gives_up() -> None:
+    plan = Plan("decode", 16, 64, 4, 4, 5, False)
+    needed = [shared_bytes(plan._replace(stages=stages), 4) for stages in (1, 2, 3, 4, 5)]
+    assert needed == sorted(needed)
+    assert fitted(plan, 4, needed[4]) == plan
+    assert fitted(plan, 4, needed[3]).stages == 4
+    assert fitted(plan, 4, needed[0] - 1) == DENSE
+
+
 @pytest.mark.parametrize(
     ("spec", "target", "part"),
     [
@@ -112,11 +129,11 @@ def test_why_not_gives_the_reason(spec: WeightSpec, target: Target, part: str) -
 
 DTYPES = [torch.bfloat16, torch.float16]
 GPU_PLANS = {
-    "decode": Plan("decode", 8, 16, 4, 4, 3),
-    "decode, two tiles": Plan("decode", 16, 32, 2, 4, 2),
-    "prefill": Plan("prefill", 64, 64, 1, 4, 3),
-    "prefill, split": Plan("prefill", 32, 128, 4, 8, 3),
-    "dense": Plan("dense", 0, 64, 1, 4, 1),
+    "decode": Plan("decode", 8, 16, 4, 4, 3, False),
+    "decode, two tiles": Plan("decode", 16, 32, 2, 4, 2, False),
+    "prefill": Plan("prefill", 64, 64, 1, 4, 3, False),
+    "prefill, split": Plan("prefill", 32, 128, 4, 8, 3, False),
+    "dense": Plan("dense", 0, 64, 1, 4, 1, False),
 }
 
 
@@ -132,7 +149,7 @@ def check(spec: WeightSpec, m: int, dtype: torch.dtype, plan: Plan | None = None
         )  # freed: the result comes here
         if plan is None:
             return backend.TritonBackend().apply(x, state)
-        return backend.run(x, state, plan)
+        return backend.run(x, state, fitted(plan, spec.bits, backend.abilities(x.device).shared))
 
     y = product()
     assert_close(y, x, weight, rounded_weights=plan is None or plan.kernel == "dense")

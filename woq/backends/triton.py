@@ -8,7 +8,7 @@ results repeat to the bit. docs/triton.md says how fast it is and why.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,37 +17,49 @@ from torch import Tensor
 from woq.backends import triton_kernels as kernels
 from woq.backends.base import Backend, Target
 from woq.backends.triton_layout import WIDTHS, TritonState, arrange, block_of, fits_kernels
-from woq.backends.triton_plans import DENSE, Plan, plan_for
+from woq.backends.triton_plans import DENSE, Plan, fitted, plan_for
 from woq.weights import PackedWeight, WeightSpec
 
 PREFETCH = 16384  # bytes of a program's weights that are fetched into L2 before the kernel before has ended
 _GATHER_BLOCK, _SUM_BLOCK, _DEQUANTIZE_N = 1024, 1024, 64
 
 
+class Abilities(NamedTuple):
+    """What a device can do: its name, bytes of shared memory, inline PTX, kernels that start before others have ended."""
+
+    name: str
+    shared: int
+    packed: bool
+    early: bool
+
+
 @functools.cache
-def _abilities(device: torch.device) -> tuple[str, bool, bool]:
-    """The device's name; whether it takes inline PTX; whether kernels may start before their predecessor has ended."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "", False, False
+def abilities(device: torch.device) -> Abilities:
+    """What is known of `device`; where nothing is known, as little as every GPU has."""
+    if device.type not in ("cuda", "xpu"):
+        return Abilities("", 65536, False, False)
+    index = device.index if device.index is not None else getattr(torch, device.type).current_device()
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if device.type == "xpu" or torch.version.hip is not None:
+        return Abilities(getattr(torch, device.type).get_device_name(device), shared, False, False)
     capability = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return (
-        name,
+    return Abilities(
+        torch.cuda.get_device_name(device),
+        shared,
         kernels.CAN_PACK and capability >= (8, 0),
         kernels.CAN_START_EARLY and capability >= (9, 0),
     )
 
 
-def _early(device: torch.device) -> dict[str, bool]:
+def _early(device: torch.device, wanted: bool) -> dict[str, bool]:
     """Keyword arguments of a launch that may start early."""
-    early = _abilities(device)[2]
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if wanted and abilities(device).early else {"EARLY": False}
 
 
 def _weight_constants(state: TritonState) -> dict[str, Any]:
     """What every kernel that reads the weight is compiled for."""
     wa, wb, wc = (*WIDTHS[state.bits], 0, 0)[:3]
-    packed = _abilities(state.words.device)[1]
+    packed = abilities(state.words.device).packed
     return {
         "WA": wa, "WB": wb, "WC": wc, "BLOCK": block_of(state.bits), "SYM": state.zeros is None, "PACKED": packed,
     }  # fmt: skip
@@ -58,11 +70,13 @@ def gather(x: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if out.numel():
         grid = (x.shape[0], triton.cdiv(x.shape[1], _GATHER_BLOCK))
-        kernels._gather_kernel[grid](x, order, out, x.shape[1], BLOCK=_GATHER_BLOCK, **_early(x.device))
+        kernels._gather_kernel[grid](x, order, out, x.shape[1], BLOCK=_GATHER_BLOCK, **_early(x.device, True))
     return out
 
 
-def dequantize(state: TritonState, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
+def dequantize(
+    state: TritonState, dtype: torch.dtype, first: int = 0, count: int | None = None, early: bool = False
+) -> Tensor:
     """Rows `first` (a multiple of 16) to `first + count` of the weight [N, K], columns in the kernels' order."""
     n, k = state.scales.shape[1], state.in_features
     count = n - first if count is None else count
@@ -75,16 +89,17 @@ def dequantize(state: TritonState, dtype: torch.dtype, first: int = 0, count: in
     kernels._dequantize_kernel[grid](
         state.words[first // 16 :], state.scales[:, first:], zeros[:, first:], out,
         count, n, k, blocks, state.group_size,
-        BY_RUN=state.group_size % 32 == 0, BLOCK_N=_DEQUANTIZE_N, **constants, **_early(out.device),
+        BY_RUN=state.group_size % 32 == 0, BLOCK_N=_DEQUANTIZE_N, **constants, **_early(out.device, early),
     )  # fmt: skip
     return out
 
 
-def _dense(x: Tensor, state: TritonState, y: Tensor, rows: int) -> None:
-    """`rows` outputs at a time: a weight that fits into L2 is written and read there, and needs little scratch."""
-    for first in range(0, y.shape[1], rows):
-        part = y[:, first : first + rows]
-        torch.mm(x, dequantize(state, x.dtype, first, part.shape[1]).t(), out=part)
+def _dense(x: Tensor, state: TritonState, y: Tensor, plan: Plan) -> None:
+    """Some outputs at a time: a weight that fits into L2 is written and read there, and needs little scratch."""
+    for first in range(0, y.shape[1], plan.block_n):
+        part = y[:, first : first + plan.block_n]
+        weight = dequantize(state, x.dtype, first, part.shape[1], plan.early)
+        torch.mm(x, weight.t(), out=part)
 
 
 def run(x: Tensor, state: TritonState, plan: Plan) -> Tensor:
@@ -94,9 +109,9 @@ def run(x: Tensor, state: TritonState, plan: Plan) -> Tensor:
     if m == 0:
         return y
     if plan.kernel == "dense":
-        _dense(x, state, y, plan.block_n)
+        _dense(x, state, y, plan)
         return y
-    constants, early = _weight_constants(state), _early(x.device)
+    constants, early = _weight_constants(state), _early(x.device, plan.early)
     block, blocks = constants["BLOCK"], state.words.shape[1]
     tiles = triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n)
     decode = plan.kernel == "decode"
@@ -124,7 +139,8 @@ def run(x: Tensor, state: TritonState, plan: Plan) -> Tensor:
 def _plan(tokens: int, n: int, k: int, bits: int, group_size: int, half: bool, device: torch.device) -> Plan:
     if not half or not fits_kernels(bits, group_size):
         return DENSE
-    return plan_for(_abilities(device)[0], bits, tokens, n, k)
+    known = abilities(device)
+    return fitted(plan_for(known.name, bits, tokens, n, k), bits, known.shared)
 
 
 @torch.library.custom_op("woq::triton_linear", mutates_args=())
@@ -149,6 +165,25 @@ def _(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[1].shape[1])  # scales [G, N]
 
 
+@torch.library.custom_op("woq::triton_dequantize", mutates_args=())
+def triton_dequantize(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The float weight [N, K] of a weight in the form of `TritonState`, columns in the kernels' order."""
+    return dequantize(TritonState(words, scales, zeros, None, in_features, bits, group_size), dtype)
+
+
+@triton_dequantize.register_fake
+def _(words: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    return words.new_empty(scales.shape[1], rest[1], dtype=rest[-1])
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output  # passed by name
     x, words, scales, zeros, order, bits, group_size = inputs
@@ -157,10 +192,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    state = TritonState(*ctx.saved_tensors, *ctx.rest)
-    dx = grad @ dequantize(state, grad.dtype)
-    if state.order is not None:
-        dx = torch.empty_like(dx).index_copy_(1, state.order.to(torch.int64), dx)
+    words, scales, zeros, order = ctx.saved_tensors
+    dx = grad @ triton_dequantize(words, scales, zeros, *ctx.rest, grad.dtype)
+    if order is not None:
+        dx = torch.empty_like(dx).index_copy(1, order.to(torch.int64), dx)
     return (dx, *[None] * 6)
 
 

@@ -88,10 +88,9 @@ def _weights(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _start(words, size, stride, TILES: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Let the next kernel start, fetch `size` bytes of each of the program's tiles into L2, wait for the one before."""
+def _fetch(words, size, stride, TILES: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fetch the first `size` bytes of each of the program's rows of tiles into L2: no kernel before writes weights."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         for tile in tl.static_range(TILES):
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
@@ -102,7 +101,20 @@ def _start(words, size, stride, TILES: tl.constexpr, EARLY: tl.constexpr):  # ty
                 is_pure=False,
                 pack=1,
             )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _wait(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before has ended and its results can be read."""
+    if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _release(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may start, once every program has come here or ended."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -194,7 +206,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     SIZE: tl.constexpr = (WA + WB + WC) * BLOCK // 16  # words of 16 bits that a block has for one output
     first = tl.program_id(0) // tl.cdiv(m_size, BLOCK_M) * BLOCK_N
     stride = blocks * (SIZE * 16)
-    _start(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
+    _fetch(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
     m = (tl.program_id(0) % tl.cdiv(m_size, BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
     part = tl.arange(0, PARTS)
@@ -210,6 +222,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     total = tl.zeros((PARTS, BLOCK_N, BLOCK_M), dtype=tl.float32)
     group = _group(part, 0, BLOCK, GROUP)[:, None]
     scale, zero = _scale(scales, zeros, group, n[None, :], in_n, groups, n_size, SYM, EVEN)
+    _wait(EARLY)
     for step in tl.range(0, tl.cdiv(blocks, PARTS), num_stages=STAGES):
         block = step * PARTS + part
         # The next step's scales: too small for asynchronous copies, they would stall the loop.
@@ -223,6 +236,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
             WA, WB, WC, BLOCK, GROUP, SYM, EVEN, PACKED,
         )  # fmt: skip
         scale, zero = next_scale, next_zero
+    _release(EARLY)
     y = tl.sum(total, 0)
     at = out + m.to(tl.int64)[None, :] * n_size + n[:, None]
     tl.store(at, y.to(out.dtype.element_ty), mask=(m < m_size)[None, :] & (n < n_size)[:, None])
@@ -240,7 +254,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     first = tl.program_id(0) // tl.cdiv(m_size, BLOCK_M) * BLOCK_N
     part = tl.program_id(1)
     stride = blocks * (SIZE * 16)
-    _start(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
+    _fetch(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
     m = (tl.program_id(0) % tl.cdiv(m_size, BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
     run = tl.arange(0, 32)
@@ -249,6 +263,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     x_at = x + m.to(tl.int64)[None, :] * k_size + run[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     scale, zero = _scale(scales, zeros, _group(part, 0, BLOCK, GROUP), n, in_n, groups, n_size, SYM, EVEN)
+    _wait(EARLY)
     for block in tl.range(part, blocks, PARTS, num_stages=STAGES):
         group = _group(block + PARTS, 0, BLOCK, GROUP)
         next_scale, next_zero = _scale(scales, zeros, group, n, in_n, groups, n_size, SYM, EVEN)
@@ -259,6 +274,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
             WA, WB, WC, BLOCK, GROUP, SYM, EVEN, PACKED,
         )  # fmt: skip
         scale, zero = next_scale, next_zero
+    _release(EARLY)
     at = out + (part * m_size + m).to(tl.int64)[None, :] * n_size + n[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < m_size)[None, :] & in_n[:, None])
 
@@ -266,7 +282,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[i] = sum over p of parts[p, i], in order."""
-    _start(parts, 0, 0, 0, EARLY)
+    _wait(EARLY)
+    _release(EARLY)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(PARTS):
@@ -277,7 +294,8 @@ def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARL
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather_kernel(x, order, out, k_size, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[m, k] = x[m, order[k]]."""
-    _start(x, 0, 0, 0, EARLY)
+    _wait(EARLY)
+    _release(EARLY)
     row = tl.program_id(0).to(tl.int64) * k_size
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(order + k, mask=k < k_size, other=0)
@@ -291,7 +309,8 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     SYM: tl.constexpr, PACKED: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[n, k] = (code - zero) * scale, rounded once. scales [G, row_length]; BY_RUN: a run of 32 inputs has one."""
-    _start(words, 0, 0, 0, EARLY)
+    _wait(EARLY)
+    _release(EARLY)
     DTYPE: tl.constexpr = out.dtype.element_ty
     RUNS: tl.constexpr = BLOCK // 32
     TILES: tl.constexpr = RUNS * WA // 16
@@ -329,6 +348,5 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
             else:
                 zero = tl.load(zeros + place, mask=in_scale, other=0)
             offset = tl.broadcast_to(_offset(zero, DTYPE, WA + WB + WC == 8, PACKED), a.shape)
-            code = _weights(a, b, c, offset, t * EACH + i, WA, WB, WC, PACKED)
-            weight = (code.to(tl.float32) * scale).to(DTYPE)
-            tl.store(out + n.to(tl.int64)[:, None] * k_size + k, weight, mask=inside)
+            code = _weights(a, b, c, offset, t * EACH + i, WA, WB, WC, PACKED).to(tl.float32)
+            tl.store(out + n.to(tl.int64)[:, None] * k_size + k, (code * scale).to(DTYPE), mask=inside)

@@ -1,7 +1,7 @@
-"""Which kernel and which tiling for which product: data, measured on devices, and the way to look it up.
+"""Which kernel and which tiling for which product, looked up in what was measured (triton_measured.py).
 
-Nothing is measured at a user's first call. `python -m benchmarks.tune_triton` measures a device and prints its rows.
-A device without rows of its own, an XPU for instance, takes those of `""`.
+Nothing is measured at a user's first call; `python -m benchmarks.tune_triton` measures a device, for those who ask. A
+device without rows of its own, an XPU for instance, takes those of `""`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 from typing import Literal, NamedTuple
 
 from woq.backends.triton_layout import block_of
+from woq.backends.triton_measured import MEASURED
 
 
 class Plan(NamedTuple):
     """How a product is computed.
 
     decode: a program has block_m tokens and block_n outputs; parts groups of its warps share K. prefill: the same, but
-    parts programs share K. dense: block_n outputs at a time are dequantized for a dense product; the rest is unused.
+    parts programs share K. dense: block_n outputs at a time are dequantized for a dense product.
+    early: start before the kernel before has ended, where the device can.
     """
 
     kernel: Literal["decode", "prefill", "dense"]
@@ -25,6 +27,7 @@ class Plan(NamedTuple):
     parts: int
     warps: int
     stages: int
+    early: bool
 
 
 class Row(NamedTuple):
@@ -37,26 +40,43 @@ class Row(NamedTuple):
     plan: Plan
 
 
-ANY = 1 << 30
+ANY = 1 << 30  # tokens: no bound
 LIKE = {5: 3, 6: 2, 7: 3}  # widths that were not measured are planned like one with the same block
 
+DENSE = Plan(
+    "dense", 0, 4096, 1, 4, 1, False
+)  # also for float32, and groups that the other kernels cannot scale by
+
+# Small enough for any device: at most 64 KiB of shared memory with 4 bits.
 _DEFAULT = [
     Row(bits, tokens, 4096, 4096, plan)
     for bits in (2, 3, 4, 8)
     for tokens, plan in (
-        (8, Plan("decode", 8, 32, 512 // block_of(bits), 4, 3)),
-        (16, Plan("decode", 16, 32, 512 // block_of(bits), 4, 3)),
-        (32, Plan("prefill", 32, 64, 4, 4, 3)),
-        (64, Plan("prefill", 64, 64, 4, 4, 3)),
-        (128, Plan("prefill", 64, 64, 1, 4, 3)),
-        (ANY, Plan("dense", 0, 8192, 1, 4, 1)),
+        (8, Plan("decode", 8, 32, 512 // block_of(bits), 4, 3, False)),
+        (16, Plan("decode", 16, 32, 512 // block_of(bits), 4, 2, False)),
+        (32, Plan("prefill", 32, 64, 4, 4, 3, False)),
+        (64, Plan("prefill", 64, 64, 4, 4, 3, False)),
+        (128, Plan("prefill", 64, 64, 1, 4, 3, False)),
+        (ANY, DENSE),
     )
 ]
 
 # Keys are prefixes of the device's name.
-PLANS: dict[str, list[Row]] = {"": _DEFAULT}
+PLANS: dict[str, list[Row]] = {
+    "": _DEFAULT,
+    **{prefix: [Row(*row[:4], Plan(*row[4:])) for row in rows] for prefix, rows in MEASURED.items()},
+}
 
-DENSE = Plan("dense", 0, 8192, 1, 4, 1)  # for groups that the other kernels cannot scale by, and float32
+
+def shared_bytes(plan: Plan, bits: int) -> int:
+    """Shared memory of a program, a little more than the compiler takes: its stages of x and words, or the final sum."""
+    if plan.kernel == "dense":
+        return 0
+    block, parts = block_of(bits), plan.parts if plan.kernel == "decode" else 1
+    x, words = parts * plan.block_m * block * 2, parts * plan.block_n * block * bits // 8
+    stages = max(1, plan.stages - 1)
+    loop = stages * (x + words) + (0 if plan.kernel == "decode" else x)
+    return max(loop, parts * plan.block_m * plan.block_n * 4) + 1024
 
 
 def plan_for(device: str, bits: int, tokens: int, n: int, k: int) -> Plan:
@@ -69,3 +89,12 @@ def plan_for(device: str, bits: int, tokens: int, n: int, k: int) -> Plan:
         key=lambda row: abs(math.log(row.n / n)) + abs(math.log(row.k / k)),
     )
     return near.plan
+
+
+def fitted(plan: Plan, bits: int, limit: int) -> Plan:
+    """`plan` with as many stages as `limit` bytes of shared memory allow; dense where not even one fits."""
+    while shared_bytes(plan, bits) > limit:
+        if plan.stages == 1:
+            return DENSE
+        plan = plan._replace(stages=plan.stages - 1)
+    return plan
