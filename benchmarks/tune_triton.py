@@ -177,6 +177,8 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="stop measuring a width after so long"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--prefix", default="", help="with --rows: the devices' names begin so")
+    parser.add_argument("--early", action="store_true", help="only plans that start early: half the time")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument(
         "--rows", nargs="+", type=Path, help="print the best rows of these files and measure nothing"

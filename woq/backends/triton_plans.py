@@ -7,7 +7,7 @@ device without rows of its own, an XPU for instance, takes those of `""`.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from woq.backends.triton_layout import block_of
 from woq.backends.triton_measured import MEASURED
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     early: start before the kernel before has ended, where the device can.
     """
 
-    kernel: Literal["decode", "prefill", "dense"]
+    kernel: str  # "decode", "prefill" or "dense"
     block_m: int
     block_n: int
     parts: int
