@@ -24,7 +24,7 @@ from benchmarks.bench_linear import SHAPES
 from woq.backends import triton, triton_measured
 from woq.backends.triton import Abilities, run
 from woq.backends.triton_layout import TritonState, block_of
-from woq.backends.triton_plans import ANY, Plan, fitted
+from woq.backends.triton_plans import ANY, DENSE, Plan, fitted
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FOOTPRINT = 200e6  # bytes of packed weights: more than three times an H200's L2
@@ -45,14 +45,14 @@ def decode_plans(bits: int, block_m: int) -> Iterator[Plan]:
 def prefill_plans(bits: int, block_m: int, parts: tuple[int, ...]) -> Iterator[Plan]:
     """Tiles for wgmma: whole warp groups, a tile of 64 outputs each at least."""
     shapes, stages = ((64, 4), (128, 4), (128, 8)), (3, 4) if bits == 4 else (2, 3)
-    for (block_n, warps), part, depth, early in itertools.product(shapes, parts, stages, (False, True)):
+    for (block_n, warps), part, depth in itertools.product(shapes, parts, stages):
         if block_m * block_n * 2 // (32 * warps) <= 256:  # two float32 accumulators in registers
-            yield Plan("prefill", block_m, block_n, part, warps, depth, early)
+            yield Plan("prefill", block_m, block_n, part, warps, depth, False)
 
 
-def candidates(bits: int, tokens: int, early: bool = False) -> list[Plan]:
-    """What is worth a measurement for so many tokens; with `early` only plans that start early."""
-    dense = [Plan("dense", 0, rows, 1, 4, 1, early) for rows in (4096, 8192) for early in (False, True)]
+def candidates(bits: int, tokens: int) -> list[Plan]:
+    """What is worth a measurement for so many tokens."""
+    dense = [DENSE, DENSE._replace(block_n=8192)]
     if tokens <= 8:
         found = [*decode_plans(bits, 8)]
     elif tokens <= 16:
@@ -63,8 +63,7 @@ def candidates(bits: int, tokens: int, early: bool = False) -> list[Plan]:
         found = [*prefill_plans(bits, 64, (1, 2)), *prefill_plans(bits, 128, (1, 2, 4)), *dense]
     else:
         found = [*prefill_plans(bits, 128, (1,)), *dense]
-    fit = [plan for plan in dict.fromkeys(found) if fitted(plan, bits, abilities().shared) == plan]
-    return [plan for plan in fit if plan.early or not early]
+    return [plan for plan in dict.fromkeys(found) if fitted(plan, bits, abilities().shared) == plan]
 
 
 def abilities() -> Abilities:
@@ -113,7 +112,7 @@ def microseconds(states: list[TritonState], x: torch.Tensor, plan: Plan) -> floa
     return sorted(times[1:])[len(times[1:]) // 2]
 
 
-def measure(bits: int, tokens: list[int], early: bool, writer: csv.DictWriter[str], seconds: float) -> None:
+def measure(bits: int, tokens: list[int], writer: csv.DictWriter[str], seconds: float) -> None:
     """Every candidate on every shape; the best of each goes to the terminal."""
     began, device = time.monotonic(), torch.cuda.get_device_name()
     sums: dict[int, float] = {}
@@ -122,7 +121,7 @@ def measure(bits: int, tokens: list[int], early: bool, writer: csv.DictWriter[st
         for m in tokens:
             x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
             best: tuple[float, Plan | None] = (float("inf"), None)
-            for plan in candidates(bits, m, early):
+            for plan in candidates(bits, m):
                 if time.monotonic() - began > seconds:
                     print("out of time", flush=True)
                     return
@@ -160,11 +159,15 @@ def print_rows(paths: list[Path], prefix: str) -> None:
     )
     print(f'    "{prefix}": [')
     last = {bits: max(key[1] for key in best if key[0] == bits) for bits, *_ in best}
+    for (bits, tokens, n, k), (_, plan) in list(best.items()):
+        if (
+            tokens == last[bits]
+        ):  # the largest number measured serves all above, a fused kernel four times as many
+            if plan[0] != DENSE.kernel:
+                best[bits, 4 * tokens, n, k] = best.pop((bits, tokens, n, k))
+            best[bits, ANY, n, k] = (0.0, DENSE)
     for (bits, tokens, n, k), (_, plan) in sorted(best.items()):
-        bound = (
-            ANY if tokens == last[bits] else tokens
-        )  # the largest number of tokens measured serves all above
-        print(f"        {(bits, bound, n, k, *plan)},".replace("'", '"'))
+        print(f"        {(bits, tokens, n, k, *plan)},".replace("'", '"'))
     print("    ],\n}")
 
 
@@ -178,7 +181,6 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--prefix", default="", help="with --rows: the devices' names begin so")
-    parser.add_argument("--early", action="store_true", help="only plans that start early: half the time")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument(
         "--rows", nargs="+", type=Path, help="print the best rows of these files and measure nothing"
@@ -197,7 +199,7 @@ def main() -> None:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         for bits in args.bits:
-            measure(bits, args.tokens, args.early, writer, args.seconds)
+            measure(bits, args.tokens, writer, args.seconds)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ results repeat to the bit. docs/triton.md says how fast it is and why.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from woq.backends.triton_layout import WIDTHS, TritonState, arrange, block_of, f
 from woq.backends.triton_plans import DENSE, Plan, fitted, plan_for
 from woq.weights import PackedWeight, WeightSpec
 
-PREFETCH = 16384  # bytes of a program's weights that are fetched into L2 before the kernel before has ended
+PREFETCH = 4096  # bytes of a program's weights that are fetched into L2 before the kernel before has ended
 _GATHER_BLOCK, _SUM_BLOCK, _DEQUANTIZE_N = 1024, 1024, 64
 
 
@@ -74,9 +75,7 @@ def gather(x: Tensor, order: Tensor) -> Tensor:
     return out
 
 
-def dequantize(
-    state: TritonState, dtype: torch.dtype, first: int = 0, count: int | None = None, early: bool = False
-) -> Tensor:
+def dequantize(state: TritonState, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
     """Rows `first` (a multiple of 16) to `first + count` of the weight [N, K], columns in the kernels' order."""
     n, k = state.scales.shape[1], state.in_features
     count = n - first if count is None else count
@@ -89,7 +88,7 @@ def dequantize(
     kernels._dequantize_kernel[grid](
         state.words[first // 16 :], state.scales[:, first:], zeros[:, first:], out,
         count, n, k, blocks, state.group_size,
-        BY_RUN=state.group_size % 32 == 0, BLOCK_N=_DEQUANTIZE_N, **constants, **_early(out.device, early),
+        BY_RUN=state.group_size % 32 == 0, BLOCK_N=_DEQUANTIZE_N, **constants,
     )  # fmt: skip
     return out
 
@@ -98,40 +97,67 @@ def _dense(x: Tensor, state: TritonState, y: Tensor, plan: Plan) -> None:
     """Some outputs at a time: a weight that fits into L2 is written and read there, and needs little scratch."""
     for first in range(0, y.shape[1], plan.block_n):
         part = y[:, first : first + plan.block_n]
-        weight = dequantize(state, x.dtype, first, part.shape[1], plan.early)
+        weight = dequantize(state, x.dtype, first, part.shape[1])
         torch.mm(x, weight.t(), out=part)
+
+
+def _decode(x: Tensor, state: TritonState, y: Tensor, plan: Plan) -> None:
+    """A program has all of K; nothing is left to sum."""
+    constants = _product_constants(state, plan)
+    row = math.prod(state.words.shape[1:]) * state.words.element_size()  # bytes that 16 outputs have
+    grid = (triton.cdiv(x.shape[0], plan.block_m) * triton.cdiv(y.shape[1], plan.block_n),)
+    kernels._decode_kernel[grid](
+        *_operands(x, state, y), min(PREFETCH, row),
+        EVEN=_even(state, plan.block_n, constants["BLOCK"] * plan.parts),
+        **constants, **_early(x.device, plan.early),
+    )  # fmt: skip
+
+
+def _prefill(x: Tensor, state: TritonState, y: Tensor, plan: Plan) -> None:
+    """Where K is shared among programs, their parts are added by a second kernel."""
+    constants = _product_constants(state, plan)
+    out = y if plan.parts == 1 else x.new_empty(plan.parts, *y.shape, dtype=torch.float32)
+    grid = (triton.cdiv(x.shape[0], plan.block_m) * triton.cdiv(y.shape[1], plan.block_n), plan.parts)
+    kernels._prefill_kernel[grid](
+        *_operands(x, state, out), EVEN=_even(state, plan.block_n, constants["BLOCK"]), **constants
+    )
+    if plan.parts > 1:
+        size = y.numel()
+        kernels._sum_kernel[(triton.cdiv(size, _SUM_BLOCK),)](
+            out, y, size, PARTS=plan.parts, BLOCK=_SUM_BLOCK
+        )
+
+
+def _operands(x: Tensor, state: TritonState, out: Tensor) -> tuple[Tensor | int, ...]:
+    """The arguments of both products; a pointer that is not read may be any."""
+    zeros = state.scales if state.zeros is None else state.zeros
+    groups, n = state.scales.shape
+    m, k, blocks = x.shape[0], state.in_features, state.words.shape[1]
+    return x, state.words, state.scales, zeros, out, m, n, k, blocks, groups
+
+
+def _product_constants(state: TritonState, plan: Plan) -> dict[str, Any]:
+    """What both products are compiled for."""
+    return {
+        **_weight_constants(state), "GROUP": 0 if state.scales.shape[0] == 1 else state.group_size,
+        "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "PARTS": plan.parts, "STAGES": plan.stages,
+        "num_warps": plan.warps, "num_stages": plan.stages,
+    }  # fmt: skip
+
+
+def _even(state: TritonState, block_n: int, block_k: int) -> bool:
+    """Whether tiles divide the weight, so that nothing but tokens is masked."""
+    return state.scales.shape[1] % block_n == 0 and state.in_features % block_k == 0
+
+
+_KERNELS = {"decode": _decode, "prefill": _prefill, "dense": _dense}
 
 
 def run(x: Tensor, state: TritonState, plan: Plan) -> Tensor:
     """The product with a given plan: x [M, K] contiguous, columns in the kernels' order -> [M, N]."""
-    m, k, n = x.shape[0], state.in_features, state.scales.shape[1]
-    y = x.new_empty(m, n)
-    if m == 0:
-        return y
-    if plan.kernel == "dense":
-        _dense(x, state, y, plan)
-        return y
-    constants, early = _weight_constants(state), _early(x.device, plan.early)
-    block, blocks = constants["BLOCK"], state.words.shape[1]
-    tiles = triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n)
-    decode = plan.kernel == "decode"
-    split = not decode and plan.parts > 1
-    out = x.new_empty(plan.parts, m, n, dtype=torch.float32) if split else y
-    kernel, grid = (
-        (kernels._decode_kernel, (tiles,)) if decode else (kernels._prefill_kernel, (tiles, plan.parts))
-    )
-    kernel[grid](
-        x, state.words, state.scales, state.scales if state.zeros is None else state.zeros, out,
-        m, n, k, blocks, state.scales.shape[0], min(PREFETCH, blocks * block * state.bits * 2),
-        **constants,
-        GROUP=0 if state.scales.shape[0] == 1 else state.group_size,
-        EVEN=n % plan.block_n == 0 and k % (block * (plan.parts if decode else 1)) == 0,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, PARTS=plan.parts, STAGES=plan.stages,
-        num_warps=plan.warps, num_stages=plan.stages, **early,
-    )  # fmt: skip
-    if split:
-        grid = (triton.cdiv(m * n, _SUM_BLOCK),)
-        kernels._sum_kernel[grid](out, y, m * n, PARTS=plan.parts, BLOCK=_SUM_BLOCK, **early)
+    y = x.new_empty(x.shape[0], state.scales.shape[1])
+    if x.shape[0]:
+        _KERNELS[plan.kernel](x, state, y, plan)
     return y
 
 

@@ -3,8 +3,8 @@
 The weight is the left operand, y^T = W x^T, so that few tokens are few columns and not padding to 16 rows. Codes minus
 zero points are exact in 16 bits; sums are float32 and meet the scale once a group: the products never round a weight.
 `PACKED` (NVIDIA) turns a pair of words into a pair of floats in two to four instructions of inline PTX; the other way
-is plain Triton and runs anywhere, the interpreter included. `EARLY` is programmatic dependent launch: a kernel
-starts while its predecessor ends, fetches weights into L2, and waits before it touches anything else.
+is plain Triton and runs anywhere, the interpreter included. `EARLY` is programmatic dependent launch: the kernel starts
+while its predecessor ends, fetches weights into L2, and waits before it reads x or writes.
 
 WA, WB, WC are the widths of a weight's planes, 0 where it has fewer; GROUP is the group size, 0 for one group.
 """
@@ -88,15 +88,16 @@ def _weights(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fetch(words, size, stride, TILES: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Fetch the first `size` bytes of each of the program's rows of tiles into L2: no kernel before writes weights."""
+def _fetch(words, first, rows, stride, size, TILES: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fetch the first `size` bytes of TILES of the `rows` rows of tiles into L2: no kernel before writes weights."""
     if EARLY:
         for tile in tl.static_range(TILES):
+            row = tl.minimum(first + tile, rows - 1).to(tl.int64)
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
                 "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
                 "=&r,l,r",
-                [words + tile * stride, size],
+                [words + row * stride, size],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -206,7 +207,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     SIZE: tl.constexpr = (WA + WB + WC) * BLOCK // 16  # words of 16 bits that a block has for one output
     first = tl.program_id(0) // tl.cdiv(m_size, BLOCK_M) * BLOCK_N
     stride = blocks * (SIZE * 16)
-    _fetch(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
+    _fetch(words, first // 16, tl.cdiv(n_size, 16), stride, fetch, BLOCK_N // 16, EARLY)
     m = (tl.program_id(0) % tl.cdiv(m_size, BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
     part = tl.arange(0, PARTS)
@@ -244,9 +245,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    x, words, scales, zeros, out, m_size, n_size, k_size, blocks, groups, fetch,
+    x, words, scales, zeros, out, m_size, n_size, k_size, blocks, groups,
     WA: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    SYM: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, EARLY: tl.constexpr,
+    SYM: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for a large tile: all warps share a block of K; PARTS > 1 programs leave float32 parts [PARTS, M, N]."""
@@ -254,7 +255,6 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     first = tl.program_id(0) // tl.cdiv(m_size, BLOCK_M) * BLOCK_N
     part = tl.program_id(1)
     stride = blocks * (SIZE * 16)
-    _fetch(words + (first // 16).to(tl.int64) * stride, fetch, stride, BLOCK_N // 16, EARLY)
     m = (tl.program_id(0) % tl.cdiv(m_size, BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
     run = tl.arange(0, 32)
@@ -263,7 +263,6 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     x_at = x + m.to(tl.int64)[None, :] * k_size + run[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     scale, zero = _scale(scales, zeros, _group(part, 0, BLOCK, GROUP), n, in_n, groups, n_size, SYM, EVEN)
-    _wait(EARLY)
     for block in tl.range(part, blocks, PARTS, num_stages=STAGES):
         group = _group(block + PARTS, 0, BLOCK, GROUP)
         next_scale, next_zero = _scale(scales, zeros, group, n, in_n, groups, n_size, SYM, EVEN)
@@ -274,16 +273,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
             WA, WB, WC, BLOCK, GROUP, SYM, EVEN, PACKED,
         )  # fmt: skip
         scale, zero = next_scale, next_zero
-    _release(EARLY)
     at = out + (part * m_size + m).to(tl.int64)[None, :] * n_size + n[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < m_size)[None, :] & in_n[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[i] = sum over p of parts[p, i], in order."""
-    _wait(EARLY)
-    _release(EARLY)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(PARTS):
@@ -306,11 +302,9 @@ def _gather_kernel(x, order, out, k_size, BLOCK: tl.constexpr, EARLY: tl.constex
 def _dequantize_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     words, scales, zeros, out, n_size, row_length, k_size, blocks, group_size,
     WA: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, BLOCK: tl.constexpr, BY_RUN: tl.constexpr,
-    SYM: tl.constexpr, PACKED: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    SYM: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[n, k] = (code - zero) * scale, rounded once. scales [G, row_length]; BY_RUN: a run of 32 inputs has one."""
-    _wait(EARLY)
-    _release(EARLY)
     DTYPE: tl.constexpr = out.dtype.element_ty
     RUNS: tl.constexpr = BLOCK // 32
     TILES: tl.constexpr = RUNS * WA // 16

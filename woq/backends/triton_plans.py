@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     decode: a program has block_m tokens and block_n outputs; parts groups of its warps share K. prefill: the same, but
     parts programs share K. dense: block_n outputs at a time are dequantized for a dense product.
-    early: start before the kernel before has ended, where the device can.
+    early (decode): start before the kernel before has ended, where the device can.
     """
 
     kernel: str  # "decode", "prefill" or "dense"
