@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_linear import SHAPES
-from woq.backends import triton, triton_measured
-from woq.backends.triton import Abilities, run
+from woq.backends import triton_measured
 from woq.backends.triton_layout import TritonState, block_of
+from woq.backends.triton_ops import abilities, run
 from woq.backends.triton_plans import ANY, DENSE, Plan, fitted
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -63,11 +63,8 @@ def candidates(bits: int, tokens: int) -> list[Plan]:
         found = [*prefill_plans(bits, 64, (1, 2)), *prefill_plans(bits, 128, (1, 2, 4)), *dense]
     else:
         found = [*prefill_plans(bits, 128, (1,)), *dense]
-    return [plan for plan in dict.fromkeys(found) if fitted(plan, bits, abilities().shared) == plan]
-
-
-def abilities() -> Abilities:
-    return triton.abilities(torch.device("cuda", 0))
+    shared = abilities(torch.device("cuda", 0)).shared
+    return [plan for plan in dict.fromkeys(found) if fitted(plan, bits, shared) == plan]
 
 
 def random_state(n: int, k: int, bits: int) -> TritonState:

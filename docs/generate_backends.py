@@ -47,6 +47,7 @@ def everything_there() -> Iterator[None]:
             "woq.backends.xpu.has_kernel": True,
             "woq.backends.ipex.missing": None,
             "woq.native.why_not": None,
+            "woq.backends.triton.missing": None,
             "torch.cuda.is_available": True,
             "torch.cuda.get_device_capability": (9, 0),
         }.items():

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq.backends import triton as backend
+from woq.backends import triton_ops
 from woq.backends.base import Target
+from woq.backends.triton import TritonBackend
 from woq.backends.triton_layout import arrange, block_of, fits_kernels, pack_words, unpack_words
 from woq.backends.triton_plans import ANY, DENSE, LIKE, PLANS, Plan, fitted, plan_for, shared_bytes
 from woq.weights import WeightSpec
@@ -98,7 +100,7 @@ def test_plans_are_those_of_the_nearest_shape() -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_plans_of_an_unknown_device_fit_into_64_kib(bits: int) -> None:
-    for row in PLANS[""]:
+    for row in [*PLANS[""], *PLANS["NVIDIA"]]:
         plan = fitted(row.plan, bits, 65536)
         assert shared_bytes(plan, bits) <= 65536
         assert plan in (row.plan, DENSE) or bits != 4
@@ -122,9 +124,16 @@ def test_a_plan_gives_up_stages_before_it_gives_up() -> None:
     ],
 )
 def test_why_not_gives_the_reason(spec: WeightSpec, target: Target, part: str) -> None:
-    reason = backend.TritonBackend().why_not(spec, target)
+    reason = TritonBackend().why_not(spec, target)
     assert reason is not None
     assert part in reason
+
+
+def test_why_not_says_what_triton_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert "C compiler" in str(backend.missing.__wrapped__())
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(backend.missing.__wrapped__())
 
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -148,8 +157,8 @@ def check(spec: WeightSpec, m: int, dtype: torch.dtype, plan: Plan | None = None
             (m, spec.out_features), torch.nan, dtype=dtype, device="cuda"
         )  # freed: the result comes here
         if plan is None:
-            return backend.TritonBackend().apply(x, state)
-        return backend.run(x, state, fitted(plan, spec.bits, backend.abilities(x.device).shared))
+            return TritonBackend().apply(x, state)
+        return triton_ops.run(x, state, fitted(plan, spec.bits, triton_ops.abilities(x.device).shared))
 
     y = product()
     assert_close(y, x, weight, rounded_weights=plan is None or plan.kernel == "dense")
@@ -173,6 +182,21 @@ def test_ragged_shapes_on_the_device(m: int, group_size: int, dtype: torch.dtype
     check(WeightSpec(1000, 200, 4, group_size, False), m, dtype)
 
 
+MEASURED_PLANS = sorted({(row.bits, row.plan) for rows in PLANS.values() for row in rows}, key=str)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "plan"), MEASURED_PLANS)
+def test_every_plan_on_the_device(bits: int, plan: Plan) -> None:
+    check(WeightSpec(4096, 256, bits, 128, True), max(plan.block_m, 1), torch.bfloat16, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [8, 200])
+def test_early_start_reads_nothing_past_the_weight(n: int) -> None:
+    check(WeightSpec(1000, n, 4, 128, False), 3, torch.float16, Plan("decode", 8, 64, 4, 4, 2, True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16, 64, 300])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -194,8 +218,8 @@ def test_the_operator_is_one_to_torch() -> None:
     x = tokens(4, 512, torch.bfloat16, device="cuda").requires_grad_()
     arguments = (x, state.words, state.scales, state.zeros, state.order, state.bits, state.group_size)
     torch.library.opcheck(torch.ops.woq.triton_linear.default, arguments)
-    compiled = torch.compile(lambda x: backend.TritonBackend().apply(x, state) * 2, fullgraph=True)
-    assert torch.equal(compiled(x), backend.TritonBackend().apply(x, state) * 2)
+    compiled = torch.compile(lambda x: TritonBackend().apply(x, state) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), TritonBackend().apply(x, state) * 2)
 
 
 @pytest.mark.gpu
@@ -204,7 +228,7 @@ def test_a_chain_in_a_cuda_graph_repeats_to_the_bit(m: int) -> None:
     """Kernels start before their predecessors have ended: each must still read what those wrote."""
     spec = WeightSpec(2048, 2048, 4, 128, False, desc_act=True)
     layers = [arrange(random_weight(spec, device="cuda", seed=seed)) for seed in range(6)]
-    apply = backend.TritonBackend().apply
+    apply = TritonBackend().apply
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         for layer in layers:

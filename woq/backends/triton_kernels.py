@@ -108,14 +108,14 @@ def _fetch(words, first, rows, stride, size, TILES: tl.constexpr, EARLY: tl.cons
 def _wait(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Until the kernel before has ended and its results can be read."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _release(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """The next kernel may start, once every program has come here or ended."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

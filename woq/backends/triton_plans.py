@@ -1,7 +1,7 @@
 """Which kernel and which tiling for which product, looked up in what was measured (triton_measured.py).
 
 Nothing is measured at a user's first call; `python -m benchmarks.tune_triton` measures a device, for those who ask. A
-device without rows of its own, an XPU for instance, takes those of `""`.
+device without rows of its own takes those of "NVIDIA" or, an XPU for instance, of "".
 """
 
 from __future__ import annotations
@@ -47,23 +47,33 @@ DENSE = Plan(
     "dense", 0, 4096, 1, 4, 1, False
 )  # also for float32, and groups that the other kernels cannot scale by
 
-# Small enough for any device: at most 64 KiB of shared memory with 4 bits.
-_DEFAULT = [
-    Row(bits, tokens, 4096, 4096, plan)
-    for bits in (2, 3, 4, 8)
-    for tokens, plan in (
-        (8, Plan("decode", 8, 32, 512 // block_of(bits), 4, 3, False)),
-        (16, Plan("decode", 16, 32, 512 // block_of(bits), 4, 2, False)),
-        (32, Plan("prefill", 32, 64, 4, 4, 3, False)),
-        (64, Plan("prefill", 64, 64, 4, 4, 3, False)),
-        (128, Plan("prefill", 64, 64, 1, 4, 3, False)),
-        (ANY, DENSE),
-    )
+# Not measured: at most 64 KiB of shared memory with 4 bits, and no product narrower than 16, which is Intel's smallest.
+_ANYWHERE = [
+    (16, Plan("prefill", 16, 64, 8, 4, 3, False)),
+    (32, Plan("prefill", 32, 64, 4, 4, 3, False)),
+    (64, Plan("prefill", 64, 64, 4, 4, 3, False)),
+    (128, Plan("prefill", 64, 64, 1, 4, 3, False)),
+    (ANY, DENSE),
 ]
 
-# Keys are prefixes of the device's name.
+
+def _everywhere(bits: int, few: list[tuple[int, Plan]]) -> list[Row]:
+    """Plans for all shapes alike: `few` for few tokens, then those above."""
+    bound = few[-1][0] if few else 0
+    plans = few + [(tokens, plan) for tokens, plan in _ANYWHERE if tokens > bound]
+    return [Row(bits, tokens, 4096, 4096, plan) for tokens, plan in plans]
+
+
+def _decode(bits: int) -> list[tuple[int, Plan]]:
+    """A batched product by warps, which Intel's compiler (triton-xpu 3.3) does not get through."""
+    parts = 512 // block_of(bits)
+    return [(8, Plan("decode", 8, 32, parts, 4, 3, False)), (16, Plan("decode", 16, 32, parts, 4, 2, False))]
+
+
+# Keys are prefixes of the device's name; the longest that fits is taken.
 PLANS: dict[str, list[Row]] = {
-    "": _DEFAULT,
+    "": [row for bits in (2, 3, 4, 8) for row in _everywhere(bits, [])],
+    "NVIDIA": [row for bits in (2, 3, 4, 8) for row in _everywhere(bits, _decode(bits))],
     **{prefix: [Row(*row[:4], Plan(*row[4:])) for row in rows] for prefix, rows in MEASURED.items()},
 }
 
