@@ -16,6 +16,7 @@ import csv
 import datetime
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,8 +48,8 @@ FIELDS = [
 BF16 = torch.bfloat16
 
 
-def llama(layers: int, hidden: int) -> LlamaForCausalLM:
-    """Llama-3-8B's shape for hidden == 4096, on the device, weights of its initialisation."""
+def llama(layers: int, hidden: int, vocabulary: int, device: str) -> LlamaForCausalLM:
+    """Llama-3-8B's shape for hidden == 4096, made on the device, weights of its initialisation."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
@@ -56,13 +57,13 @@ def llama(layers: int, hidden: int) -> LlamaForCausalLM:
         num_attention_heads=hidden // 128,
         num_key_value_heads=max(1, hidden // 512),
         head_dim=128,
-        vocab_size=128256,
+        vocab_size=vocabulary,
         max_position_embeddings=8192,
         rope_theta=500000.0,
         dtype=BF16,
     )
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=BF16).eval()
 
 
@@ -93,15 +94,41 @@ def compile_small_parts() -> None:
     modeling_llama.LlamaMLP.forward = gated
 
 
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds from an idle device to an idle device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph, after two calls that may allocate, compile and prepare."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.inference_mode()
 def decode_rates(model: LlamaForCausalLM, prompt: int, steps: int, repeats: int) -> list[float]:
     """Tokens a second of `repeats` runs of `steps` replays of one decoding step."""
     cache = StaticCache(config=model.config, max_cache_len=prompt + steps * (repeats + 1) + 8)
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt), device="cuda")
-    position = torch.full((1,), prompt, device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=model.device)
+    position = torch.full((1,), prompt, device=model.device)
     token = (
         model(
-            ids, past_key_values=cache, cache_position=torch.arange(prompt, device="cuda"), logits_to_keep=1
+            ids,
+            past_key_values=cache,
+            cache_position=torch.arange(prompt, device=model.device),
+            logits_to_keep=1,
         )
         .logits[:, -1]
         .argmax(-1, keepdim=True)
@@ -114,37 +141,23 @@ def decode_rates(model: LlamaForCausalLM, prompt: int, steps: int, repeats: int)
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step(), step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay = captured(step) if model.device.type == "cuda" else step
     rates = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            graph.replay()
-        torch.cuda.synchronize()
-        rates.append(steps / (time.perf_counter() - start))
+        seconds = timed(lambda: [replay() for _ in range(steps)], model.device)
+        rates.append(steps / seconds)
     return sorted(rates)
 
 
 @torch.inference_mode()
 def prefill_times(model: LlamaForCausalLM, tokens: int, repeats: int) -> list[float]:
     """Milliseconds of a forward of `tokens` tokens, logits of the last one alone."""
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")
-    times = []
-    for turn in range(repeats + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(ids, use_cache=False, logits_to_keep=1)
-        torch.cuda.synchronize()
-        if turn >= 2:
-            times.append((time.perf_counter() - start) * 1e3)
-    return sorted(times)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+    times = [
+        timed(lambda: model(ids, use_cache=False, logits_to_keep=1), model.device) * 1e3
+        for _ in range(repeats + 2)
+    ]
+    return sorted(times[2:])
 
 
 def main() -> None:
@@ -152,6 +165,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.csv"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="4096 is Llama-3-8B's")
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--device", default="cuda", help="'cpu' is for trying the script: no graph there")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--backend", default="cuda")
@@ -170,7 +185,7 @@ def main() -> None:
     )
     if not args.eager:
         compile_small_parts()
-    model = llama(args.layers, args.hidden)
+    model = llama(args.layers, args.hidden, args.vocabulary, args.device)
     new = not args.out.exists()
     with args.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -179,10 +194,10 @@ def main() -> None:
         medians = {}
         for backend in ("bf16", args.backend):
             if backend != "bf16":
-                started = time.perf_counter()
-                pack_layers(model, args.bits, args.group_size, backend)
-                torch.cuda.synchronize()
-                print(f"packed in {time.perf_counter() - started:.1f} s", flush=True)
+                seconds = timed(
+                    lambda: pack_layers(model, args.bits, args.group_size, args.backend), model.device
+                )
+                print(f"packed in {seconds:.1f} s", flush=True)
             for phase, unit, values in (
                 ("decode", "tokens/s", decode_rates(model, args.prompt, args.steps, args.repeats)),
                 ("prefill", "ms", prefill_times(model, args.prefill, args.repeats)),
@@ -193,7 +208,7 @@ def main() -> None:
                     {
                         "commit": commit,
                         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                        "gpu": torch.cuda.get_device_name(),
+                        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
                         "torch": torch.__version__,
                         "model": f"llama {args.hidden}",
                         "backend": backend,

@@ -1,9 +1,11 @@
 """Time of every launch plan of the CUDA kernels, shape by shape: what csrc/cuda/plan.h is made from.
 
-    python benchmarks/sweep_cuda.py --out plans.csv --tokens 16 64 256
+    python benchmarks/sweep_cuda.py --out benchmarks/results/plans_h100.csv --tokens 16 64 256
 
-Weights are random bits, as many layers as exceed the L2 cache several times over; a plan is timed as in bench_linear.py,
-after its product has been compared with the dequantized weight's. Prints the fastest plans.
+A row's p0 .. p4 are the plan as the operator takes it: tokens, row groups, stages (0: as many as fit), split; or for decoding,
+k_warps, row_warps, stages, split, row blocks; all zero is what the dispatch chose. Weights are random bits, as many layers
+as exceed the L2 cache several times over; a plan is timed as in bench_linear.py, after its product has been compared with the
+dequantized weight's and with itself. Prints the fastest plans.
 """
 
 from __future__ import annotations
@@ -63,8 +65,11 @@ def candidates(m: int) -> list[list[int]]:
 def sweep(args: argparse.Namespace) -> None:
     native.why_not("cuda")
     _register()
+    new = not args.out.exists()
     with args.out.open("a", newline="") as file:
         writer = csv.writer(file)
+        if new:
+            writer.writerow(["gpu", "bits", "shape", "M", "p0", "p1", "p2", "p3", "p4", "us"])
         for name in args.shapes:
             n, k = SHAPES[name]
             count = max(4, int(FOOTPRINT // (n * k * args.bits / 8)))
