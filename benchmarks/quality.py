@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ paper": {"quant_method": "gptq", "search": "minmax"},
     "GPTQ": {"quant_method": "gptq"},
     "AWQ": {"quant_method": "awq"},
+    "TEQ": {"quant_method": "teq"},
 }
 COLUMNS = (
     "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",

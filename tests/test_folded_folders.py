@@ -26,7 +26,7 @@ def config_of(method: str) -> QuantConfig:
     )
 
 
-EXTRA: dict[str, dict[str, Any]] = {}
+EXTRA: dict[str, dict[str, Any]] = {"teq": {"iters": 4}}
 
 
 def ids(seed: int = 3) -> Tensor:

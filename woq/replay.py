@@ -61,22 +61,30 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-@torch.no_grad()
-def run_batch(block: nn.Module, inputs: BlockInputs, i: int) -> Tensor:
-    """The block's output hidden states [B, L, H] for batch `i`, on `inputs.device`.
+def forward_batch(
+    block: nn.Module, inputs: BlockInputs, i: int, call: Callable[..., Any] = call_block
+) -> Tensor:
+    """The block's output hidden states [B, L, H] for batch `i`, on `inputs.device`; padding is routed to no expert.
 
-    Padding is routed to no expert meanwhile. Raises CalibrationError naming the samples whose output is not finite.
+    `call(block, hidden, block_call)` runs it: `call_block`, or one that puts other weights in.
     """
-    hidden, call, mask = inputs.hidden[i], inputs.calls[i], inputs.masks[i]
-    here = BlockCall(_to(call.args, inputs.device), _to(call.kwargs, inputs.device), call.hidden_by_keyword)
+    hidden, own, mask = inputs.hidden[i], inputs.calls[i], inputs.masks[i]
+    here = BlockCall(_to(own.args, inputs.device), _to(own.kwargs, inputs.device), own.hidden_by_keyword)
     experts = [m for m in block.modules() if isinstance(m, UnfusedExperts)]
     for module in experts:
         module.token_mask = None if mask is None else mask.flatten()
     try:
-        output = first_tensor(call_block(block, hidden.to(inputs.device), here))
+        return first_tensor(call(block, hidden.to(inputs.device), here))
     finally:
         for module in experts:
             module.token_mask = None
+
+
+@torch.no_grad()
+def run_batch(block: nn.Module, inputs: BlockInputs, i: int) -> Tensor:
+    """`forward_batch` without gradients. Raises CalibrationError naming the samples whose output is not finite."""
+    mask = inputs.masks[i]
+    output = forward_batch(block, inputs, i)
     counted = output if mask is None else output[mask.to(output.device)]
     if not torch.isfinite(counted).all():
         bad = (~torch.isfinite(output)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -177,3 +185,30 @@ def _inside_experts(block: nn.Module, name: str) -> bool:
         isinstance(block.get_submodule(".".join(parents[: i + 1])), UnfusedExperts)
         for i in range(len(parents))
     )
+
+
+def select(inputs: BlockInputs, i: int, rows: Sequence[int]) -> BlockInputs:
+    """Batch `i` alone, cut to the samples `rows`; the whole of it where an argument cannot be cut along samples."""
+    hidden, call, mask = inputs.hidden[i], inputs.calls[i], inputs.masks[i]
+    tensors = [t for t in _tensors((call.args, call.kwargs)) if t.dim() > 1]
+    chosen = list(rows)
+    if len(chosen) == len(hidden) or any(t.shape[0] not in (1, len(hidden)) for t in tensors):
+        return BlockInputs(inputs.device, [hidden], [call], [mask])
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[chosen] if value.dim() > 1 and value.shape[0] > 1 else value
+        if isinstance(value, tuple | list):
+            return type(value)(cut(v) for v in value)
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    one = BlockCall(cut(call.args), cut(call.kwargs), call.hidden_by_keyword)
+    return BlockInputs(inputs.device, [hidden[chosen]], [one], [None if mask is None else mask[chosen]])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []

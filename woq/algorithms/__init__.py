@@ -14,6 +14,7 @@ ALGORITHMS: dict[str, str] = {
     "rtn": "woq.algorithms.rtn:Rtn",
     "gptq": "woq.algorithms.gptq:Gptq",
     "awq": "woq.algorithms.awq:Awq",
+    "teq": "woq.algorithms.teq:Teq",
 }
 
 

@@ -73,8 +73,9 @@ class InputScaling(Algorithm[ConfigT]):
         specs: Mapping[str, WeightSpec],
         inputs: BlockInputs,
         scales: list[tuple[Fold, Tensor]],
+        moments: Mapping[str, SecondMoment],
     ) -> list[tuple[Fold, Tensor]]:
-        """A last word on all scales of a block together, before any is applied."""
+        """A last word on all scales of a block together, before any is applied. `moments`: those that are at hand."""
         return scales
 
     def quantize_block(
@@ -91,7 +92,7 @@ class InputScaling(Algorithm[ConfigT]):
         for run in runs:
             moments = _observe(block, run, specs, inputs)
             scales += [(f, self._scale(f, modules, moments, specs)) for f in folds.kept if _inside(f, run)]
-        for fold, s in self.improve(block, specs, inputs, scales):
+        for fold, s in self.improve(block, specs, inputs, scales, moments):
             _rescale(moments, fold, fold.apply(block, s))
         results: dict[str, LayerResult] = {}
         for stage in stages:

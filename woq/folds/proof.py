@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from woq.blocks import Linear, linears
 from woq.folds.fold import Fold, parameters, unique
 from woq.moe import UnfusedExperts
-from woq.replay import BlockCall, BlockInputs, run_batch
+from woq.replay import BlockCall, BlockInputs, run_batch, select
 
 _SPREAD = 2.0  # trial scales lie in 1/2 .. 2
 _UNCHANGED = 1e-3  # of the change that scaling the producer alone makes; float32 leaves about 1e-5
@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, block: nn.Module, inputs: BlockInputs) -> None:
         self.modules = dict(block.named_modules())
         has_experts = any(isinstance(m, UnfusedExperts) for m in self.modules.values())
-        self.block, self.inputs = block, _first_sample(inputs, whole=has_experts)
+        self.block, self.inputs = block, _sample(inputs, whole=has_experts)
         self.linears = linears(block)
         self.trace = self._trace()
         self.plain = self._output()
@@ -187,32 +187,21 @@ def key(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
 
 
-def _first_sample(inputs: BlockInputs, whole: bool) -> BlockInputs:
-    """The first sample of the first batch in float32; the whole batch where `whole` or an argument cannot be cut."""
-    size, call = len(inputs.hidden[0]), inputs.calls[0]
-    tensors = [v for v in _flat((call.args, call.kwargs)) if v.dim() > 1]
-    keep = size if whole or any(t.shape[0] not in (1, size) for t in tensors) else 1
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value.float() if value.is_floating_point() else value
-            return value[:keep] if keep < size and value.dim() > 1 else value
-        if isinstance(value, tuple | list):
-            return type(value)(cut(v) for v in value)
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    mask = inputs.masks[0]
-    hidden = inputs.hidden[0][:keep].to(inputs.device, torch.float32)
-    one = BlockCall(cut(call.args), cut(call.kwargs), call.hidden_by_keyword)
-    return BlockInputs(inputs.device, [hidden], [one], [None if mask is None else mask[:keep]])
-
-
-def _flat(value: Any) -> list[Tensor]:
+def _in_float32(value: Any) -> Any:
+    """A block's arguments with every float tensor in float32."""
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _flat(v)] if isinstance(value, tuple | list) else []
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_in_float32(v) for v in value)
+    return {k: _in_float32(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _sample(inputs: BlockInputs, whole: bool) -> BlockInputs:
+    """The first sample, or the `whole` first batch, in float32 on the block's device."""
+    part = select(inputs, 0, range(len(inputs.hidden[0])) if whole else [0])
+    call = part.calls[0]
+    floats = BlockCall(_in_float32(call.args), _in_float32(call.kwargs), call.hidden_by_keyword)
+    return BlockInputs(part.device, [part.hidden[0].to(part.device, torch.float32)], [floats], part.masks)
 
 
 @contextmanager
