@@ -287,7 +287,9 @@ class FoldingConfig(CalibratedConfig):
 class TrainedConfig(CalibratedConfig):
     """The fields of algorithms that train by gradient."""
 
-    iters: int = Field(200, ge=0, strict=True)
-    """Training steps a block."""
+    iters: int = Field(
+        default_factory=lambda data: 50 if data.get("quant_method") == "teq" else 200, ge=0, strict=True
+    )
+    """Training steps a block: 200, but 50 for TEQ, which starts from a search; 0 trains nothing."""
     lr: float | None = Field(None, gt=0)
     """Learning rate; None: the algorithm's own."""

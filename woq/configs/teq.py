@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from woq.configs.base import FoldingConfig, TrainedConfig
 
 
@@ -13,5 +11,3 @@ class TeqConfig(FoldingConfig, TrainedConfig):
     """Trainable equivalent transformation."""
 
     quant_method: Literal["teq"] = "teq"
-    iters: int = Field(50, ge=0, strict=True)
-    """Training steps a block; 0: AWQ's scales as they were searched."""
