@@ -5,9 +5,10 @@ feature, with the exponent a out of a grid that lowers tr(D H D') most: the squa
 behind the fold, H the second moment of their inputs.
 
 Differences from the paper's code, each for a reason:
-- The error is computed from H instead of by running the parent module: as accurate (docs/folds.md), and a matrix
-  product instead of a run over all calibration data for every exponent. Each linear's error counts relative to its
-  output, so that the large outputs of k do not drown those of v.
+- The error is computed from H, a matrix product for every exponent, instead of by running the parent module on all
+  calibration data. Each linear's error counts relative to its output, so that the large outputs of k do not drown those
+  of v (docs/folds.md has the figures).
+- Exponents are compared on whole ranges; where ranges will be clipped, half the exponent and none get another chance.
 - Folds are found in the block and proven, with grouped heads, 1 + w norms and routers (woq/folds), not listed by model.
 - Clipping looks at the covariance inside the group (`output_params`), and every linear is clipped, q and k too.
 """
