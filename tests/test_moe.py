@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import VOCABULARY
+from woq import GPTQConfig, quantize
+from woq.algorithms.hessian import FEW_TOKENS
 from woq.blocks import find_blocks, linears
 from woq.calibration import Batch
 from woq.capture import capture
@@ -144,3 +146,55 @@ def test_tokens_are_counted_per_expert(
         assert rows.get(name, 0) == int((counted == expert).sum()), name
     assert sum(rows.get(n, 0) for n in names if n.endswith("down_proj")) == 2 * batch.tokens
     assert experts.token_mask is None
+
+
+def never_expert_3(model: nn.Module) -> None:
+    """Let the routers send no token to expert 3."""
+
+    def elsewhere(
+        _: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, index = output
+        free = (
+            torch.stack([(index != e).all(-1) for e in range(3)], dim=-1)
+            .to(torch.int8)
+            .argmax(-1, keepdim=True)
+        )
+        return logits, weights, torch.where(index == 3, free, index)
+
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    assert routers
+    for router in routers:
+        router.register_forward_hook(elsewhere)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_expert_without_tokens_gains_by_its_siblings_moments(
+    arch: str, tiny_model: TinyModel, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against rounding it to nearest: the error of its outputs on tokens that do reach it."""
+    ids = torch.randint(3, VOCABULARY, (16, 48), generator=rng)
+    plain = tiny_model(arch)
+    unfuse_experts(plain)
+    seen: dict[str, Tensor] = {}
+    floats = {n: m for n, m in plain.named_modules() if ".experts.3." in n and isinstance(m, nn.Linear)}
+    for name, linear in floats.items():
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        plain(torch.randint(3, VOCABULARY, (8, 48), generator=rng))
+    error, config = {}, GPTQConfig(bits=3, group_size=32, num_samples=16, seq_len=48)
+    for few in (FEW_TOKENS, 0):
+        monkeypatch.setattr("woq.algorithms.hessian.FEW_TOKENS", few)
+        model = tiny_model(arch)
+        never_expert_3(model)
+        report = quantize(model, config, [ids])
+        rare = [layer for layer in report.layers if layer.layer in floats]
+        assert len(rare) == len(floats) and all(layer.tokens == 0 for layer in rare)
+        told = "filled up from the block's other experts" if few else "rounded to nearest"
+        assert all(told in layer.note for layer in rare)
+        assert list(report.note_counts.values()) == [len(rare)]
+        error[few] = 0.0
+        for name, linear in floats.items():
+            off = seen[name] @ (linear.weight - model.get_submodule(name).dequantize()).t()
+            error[few] += float(off.square().sum() / (seen[name] @ linear.weight.t()).square().sum())
+    assert error[FEW_TOKENS] < error[0], error

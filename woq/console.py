@@ -99,7 +99,10 @@ def print_report(source: Path, target: Path, config: QuantConfig, report: Report
         ("calibration", report.calibration),
         ("mean loss", f"{mean:.3g}"),
         ("worst layers", worst),
-        ("notes", "\n".join(report.notes[:10]) or "none"),
+        (
+            "notes",
+            "\n".join(f"{count} layers: {note}" for note, count in report.note_counts.items()) or "none",
+        ),
         ("time", f"{report.seconds:.1f} s on {report.device}"),
         ("memory", peak_memory()),
         ("every layer", str(target / LAYERS)),

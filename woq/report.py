@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ class Report:
         """Layers where something departed from the usual path."""
         return [f"{layer.layer}: {layer.note}" for layer in self.layers if layer.note]
 
+    @property
+    def note_counts(self) -> dict[str, int]:
+        """How many layers each note was made of: a model of many experts has too many notes to read."""
+        return dict(Counter(layer.note for layer in self.layers if layer.note))
+
     def to_dict(self) -> dict[str, Any]:
         """The summary, without the layers."""
         return {
@@ -52,6 +58,7 @@ class Report:
             "coverage": self.plan.coverage,
             "skipped": self.plan.skipped,
             "adjusted": self.plan.adjusted,
+            "note_counts": self.note_counts,
             "notes": self.notes,
         }
 

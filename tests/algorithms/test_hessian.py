@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from woq.algorithms.hessian import SecondMoment, factor_with_ladder, inverse_factor, relative_error
+from woq.algorithms.hessian import (
+    FEW_TOKENS,
+    SecondMoment,
+    factor_with_ladder,
+    fill_up_rare_experts,
+    inverse_factor,
+    relative_error,
+)
 from woq.errors import CalibrationError
 
 
@@ -72,3 +79,44 @@ def test_relative_error_is_that_of_the_outputs(rng: torch.Generator) -> None:
     expected = (x @ (w - q).t()).square().sum() / (x @ w.t()).square().sum()
     assert relative_error(w, q, moment_of(x)) == pytest.approx(float(expected), rel=1e-4)
     assert relative_error(w, w, moment_of(x)) == 0.0
+
+
+def test_a_rare_expert_is_told_what_its_siblings_saw(rng: torch.Generator) -> None:
+    """By hand: the mean outer product of the other experts' tokens, weighed as the tokens that lack."""
+    names = [*(f"mlp.experts.{i}.{part}" for i in range(4) for part in ("w1", "w3", "w2")), "attn.q"]
+    groups = [(f"mlp.experts.{i}.w1", f"mlp.experts.{i}.w3") for i in range(3)]
+    groups += [
+        ("mlp.experts.3.w3",),
+        ("mlp.experts.3.w1",),
+        *((f"mlp.experts.{i}.w2",) for i in range(4)),
+        ("attn.q",),
+    ]
+    assert sorted(n for group in groups for n in group) == sorted(names)
+    reached = {"mlp.experts.0.w1": 40, "mlp.experts.1.w1": 100, "mlp.experts.2.w1": 5, "mlp.experts.0.w2": 60}
+    inputs = {
+        g[0]: torch.randn(reached.get(g[0], 0), 6 if "w2" in g[0] else 8, generator=rng) for g in groups
+    }
+    moments = {name: SecondMoment(x.t() @ x, len(x)) for name, x in inputs.items()}
+    filled = fill_up_rare_experts(moments, groups)
+    assert filled == {
+        "mlp.experts.2.w1": 2, "mlp.experts.2.w3": 2, "mlp.experts.3.w1": 2, "mlp.experts.3.w3": 2,
+        "mlp.experts.1.w2": 1, "mlp.experts.2.w2": 1, "mlp.experts.3.w2": 1,
+    }  # fmt: skip
+    others = torch.cat([inputs["mlp.experts.0.w1"], inputs["mlp.experts.1.w1"]])
+    prior = others.t() @ others / 140
+    few = inputs["mlp.experts.2.w1"]
+    expected = (few.t() @ few + (FEW_TOKENS - 5) * prior) / FEW_TOKENS
+    assert torch.allclose(moments["mlp.experts.2.w1"].normalized(), expected, atol=1e-5)
+    assert torch.allclose(moments["mlp.experts.3.w3"].normalized(), prior, atol=1e-5)
+    assert moments["mlp.experts.2.w1"].tokens == 5  # the count stays what it was
+    assert torch.equal(
+        moments["mlp.experts.0.w1"].matrix, inputs["mlp.experts.0.w1"].t() @ inputs["mlp.experts.0.w1"]
+    )
+    assert moments["attn.q"].borrowed == 0
+
+
+def test_where_no_expert_was_reached_nothing_is_borrowed() -> None:
+    groups = [("experts.0.up",), ("experts.1.up",)]
+    moments = {group[0]: SecondMoment.zeros(4, torch.device("cpu")) for group in groups}
+    assert fill_up_rare_experts(moments, groups) == {}
+    assert all(moment.borrowed == 0 for moment in moments.values())

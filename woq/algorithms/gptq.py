@@ -31,7 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
-from woq.algorithms.hessian import SecondMoment, factor_with_ladder, relative_error
+from woq.algorithms.hessian import (
+    FEW_TOKENS,
+    SecondMoment,
+    factor_with_ladder,
+    fill_up_rare_experts,
+    relative_error,
+)
 from woq.algorithms.rounding import Grids, Params, group_spans, round_columns
 from woq.algorithms.rtn import round_to_nearest
 from woq.blocks import linears, weight_of, write_back
@@ -88,6 +94,7 @@ class Gptq(Algorithm[GPTQConfig]):
         modules = linears(block)
         moments = {g[0]: SecondMoment.zeros(specs[g[0]].in_features, inputs.device) for g in groups}
         observe(block, list(moments), inputs, lambda name, x: moments[name].add(name, x))
+        fill_up_rare_experts(moments, groups)
         results: dict[str, LayerResult] = {}
         for group in groups:
             moment = moments.pop(group[0])
@@ -107,7 +114,9 @@ class Gptq(Algorithm[GPTQConfig]):
         hessian = moment.normalized()
         tall, damping, note = torch.cat(list(weights)), None, ""
         spec = replace(specs[names[0]], out_features=len(tall))
-        rounded = self._round(tall, spec, hessian) if moment.tokens else None
+        rounded = self._round(tall, spec, hessian) if moment.tokens + moment.borrowed else None
+        if rounded is not None and moment.borrowed:
+            note = f"fewer than {FEW_TOKENS} calibration tokens reached it: filled up from the block's other experts"
         if rounded is None:
             note = "no calibration token reached it" if not moment.tokens else "Hessian not positive definite"
             note += ": rounded to nearest"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +12,19 @@ from torch import Tensor
 from woq.errors import CalibrationError
 
 _LADDER = (1.0, 10.0, 100.0)  # multiples of damp_percent, tried in turn
+FEW_TOKENS = 32  # an expert that fewer reached is told what its siblings saw
 
 
 @dataclass
 class SecondMoment:
-    """Sum of x x' over the calibration tokens that reach one input: float32 [K, K]."""
+    """Sum of x x' over the calibration tokens that reach one input: float32 [K, K].
+
+    borrowed: tokens' worth of other experts' moments that `fill_up_rare_experts` added.
+    """
 
     matrix: Tensor
     tokens: int = 0
+    borrowed: int = 0
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> SecondMoment:
@@ -37,7 +44,39 @@ class SecondMoment:
 
     def normalized(self) -> Tensor:
         """The mean over tokens, so that figures do not depend on how much data there was."""
-        return self.matrix / max(self.tokens, 1)
+        return self.matrix / max(self.tokens + self.borrowed, 1)
+
+
+def fill_up_rare_experts(
+    moments: Mapping[str, SecondMoment], groups: Sequence[Sequence[str]]
+) -> dict[str, int]:
+    """Fill up the moments of experts that calibration hardly reached; which layers, and from how many siblings.
+
+    moments: by the first name of each of `groups`, linears that share an input. An expert with fewer than FEW_TOKENS
+    tokens gets the mean moment a token of its block's other experts, weighed as the tokens it lacks: with no token of its own,
+    that mean is all it has. Siblings are linears whose names differ in one index alone and whose inputs have the same size; where
+    none was reached either, nothing changes.
+    """
+    by_name = {name: moments[group[0]] for group in groups for name in group}
+    full = {name: moment for name, moment in by_name.items() if moment.tokens >= FEW_TOKENS}
+    lenders: dict[str, dict[int, SecondMoment]] = {}
+    for name, moment in full.items():
+        lenders.setdefault(_without_index(name), {})[id(moment)] = moment
+    filled = {}
+    for group in groups:
+        own, siblings = moments[group[0]], lenders.get(_without_index(group[0]), {})
+        alike = [m for m in siblings.values() if m.matrix.shape == own.matrix.shape]
+        if own.tokens >= FEW_TOKENS or not alike:
+            continue
+        own.borrowed = FEW_TOKENS - own.tokens
+        mean = sum((m.matrix for m in alike), torch.zeros_like(own.matrix)) / sum(m.tokens for m in alike)
+        own.matrix += own.borrowed * mean
+        filled.update(dict.fromkeys(group, len(alike)))
+    return filled
+
+
+def _without_index(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", f".{name}")
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
