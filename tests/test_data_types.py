@@ -28,6 +28,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sym": False, "double_quant": True, "double_quant_bits": 6, "double_quant_group_size": 8
     },
     "fp4, plain layout": {"weight_dtype": "fp4", "compression_dtype": "int8", "scale_dtype": "fp32"},
+    "hqq, float zeros": {"sym": False, "float_zeros": True, "search": "hqq", "bits": 3},
+    "float zeros of searched ranges, in bfloat16": {"sym": False, "float_zeros": True, "scale_dtype": "bf16"},
+    "hqq, whole zeros": {"sym": False, "search": "hqq"},
+    "full range": {"full_range": True, "search": "minmax"},
     "nf4 and an 8-bit layer": {
         "weight_dtype": "nf4", "overrides": {r".*\.1\..*": {"weight_dtype": "int", "bits": 8}}
     },

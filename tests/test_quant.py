@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from woq.quant import dequantize, group_params, quantize
+from woq.quant import Search, dequantize, group_params, quantize
 
 GRIDS = list(itertools.product(range(2, 9), (True, False)))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -117,6 +117,32 @@ def test_extreme_magnitudes_stay_finite_and_never_grow(bits: int, sym: bool, mag
     got = dequantize(quantize(w, scale, zero, bits), scale, zero)
     assert got.isfinite().all()
     assert ((got - w).norm(dim=-1) <= w.norm(dim=-1) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_full_range_lets_code_0_stand_for_the_largest_weight(bits: int) -> None:
+    w = samples()
+    scale, zero = (
+        p.unsqueeze(-1) for p in group_params(w, bits, True, torch.float32, "minmax", grid="full_range")
+    )
+    extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    assert (zero == 1 << (bits - 1)).all() and (scale < 0).any() and (scale > 0).any()
+    some = extreme.squeeze(-1) != 0
+    assert torch.allclose(dequantize(torch.zeros_like(scale), scale, zero)[some], extreme[some], rtol=1e-5)
+    searched = group_params(w, bits, True, torch.float32, "mse", grid="full_range")
+    assert (error(w, *searched, bits) <= error(w, scale[:, 0], zero[:, 0], bits) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_float_zeros_need_no_rounding(bits: int, search: Search) -> None:
+    w = samples()
+    scale, zero = group_params(w, bits, False, torch.float16, search, grid="float_zeros")
+    assert torch.equal(zero.half().float(), zero) and ((zero >= 0) & (zero < 1 << bits)).all()
+    assert (zero != zero.round()).any()
+    if search == "minmax":  # the low end is on the grid but for the rounding of scale and zero point
+        low, step = w.amin(-1).clamp(max=0), scale
+        assert ((zero * scale + low).abs() <= step * (1 << bits) * 2**-10).all()
 
 
 @given(st.integers(1, 40), st.integers(2, 8), st.booleans(), st.integers(0, 10**6))

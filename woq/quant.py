@@ -21,6 +21,7 @@ from torch import Tensor
 from woq import codebooks
 
 Search = Literal["minmax", "mse"]
+Grid = Literal["plain", "full_range", "float_zeros"]
 
 # Elements a search works on at once, candidates included: they and their temporaries stay in a core's cache (CPU), or
 # fill a GPU.
@@ -64,6 +65,7 @@ def group_params(
     scale_dtype: torch.dtype,
     search: Search = "mse",
     importance: Tensor | None = None,
+    grid: Grid = "plain",
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every group.
 
@@ -75,11 +77,15 @@ def group_params(
         search: "minmax" covers the whole range; "mse" takes, of a fixed list of shrunken ranges, the one with the
             smallest squared error.
         importance: weight of each element's squared error, broadcastable to `w`; for "mse" only.
+        grid: "full_range" (symmetric) gives the scale the sign that lets code 0 stand for the largest weight;
+            "float_zeros" (asymmetric) does not round zero points to whole numbers, but to `scale_dtype`.
 
     Returns:
-        float32 scale and zero, both [...]: the scale exactly representable in `scale_dtype`, the zero an integer.
+        float32 scale and zero, both [...]: the scale exactly representable in `scale_dtype`, the zero an integer or,
+        with float zeros, representable too.
     """
-    choose = _symmetric if sym else _asymmetric
+    plain = _symmetric if sym else _asymmetric
+    choose = {"plain": plain, "full_range": _full_range, "float_zeros": _float_zeros}[grid]
     flat = w.reshape(-1, w.shape[-1])
     costs = None if importance is None else importance.expand_as(w).reshape(flat.shape)
     candidates = len(_factors(bits, sym, search))
@@ -163,16 +169,36 @@ def _absmax(w: Tensor) -> Tensor:
     return torch.where(absmax == 0, torch.ones_like(absmax), absmax)
 
 
+def _full_range(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_symmetric`: a step is absmax / 2^(bits-1), and the longer side of the grid is where the largest weight is."""
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    sign = torch.where(high > -low, -1.0, 1.0)
+    scale = storable_scale(_absmax(w) * sign * (factors[:, :1, None] / (1 << (bits - 1))), scale_dtype)
+    return scale, torch.full_like(scale, 1 << (bits - 1))
+
+
+def _float_zeros(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_asymmetric`, with a zero point that needs no rounding but its dtype's."""
+    scale, low = _asymmetric_range(w, bits, scale_dtype, factors)
+    return scale, torch.div(low, scale).neg_().clamp_(0, (1 << bits) - 1).to(scale_dtype).float()
+
+
 def _asymmetric(w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_symmetric`. Ranges always contain zero, so that zero stays exactly representable."""
+    """As `_symmetric`. The zero point belongs to the scale that is stored, not to the ideal one."""
+    scale, low = _asymmetric_range(w, bits, scale_dtype, factors)
+    return scale, torch.div(low, scale).neg_().round_().clamp_(0, (1 << bits) - 1)
+
+
+def _asymmetric_range(
+    w: Tensor, bits: int, scale_dtype: torch.dtype, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and low end [C, R, 1]. Ranges always contain zero, so that zero stays exactly representable."""
     low = w.amin(-1, keepdim=True).clamp_(max=0)
     high = w.amax(-1, keepdim=True).clamp_(min=0)
     high = torch.where(high == low, torch.ones_like(high), high)
     low = low * factors[:, :1, None]
     high = high * factors[:, 1:, None]
-    scale = storable_scale((high - low) / ((1 << bits) - 1), scale_dtype)
-    # The zero point belongs to the scale that is stored, not to the ideal one.
-    return scale, torch.div(low, scale).neg_().round_().clamp_(0, (1 << bits) - 1)
+    return storable_scale((high - low) / ((1 << bits) - 1), scale_dtype), low
 
 
 def _least_error(w: Tensor, scale: Tensor, zero: Tensor, bits: int, costs: Tensor | None) -> Tensor:

@@ -71,5 +71,3 @@ def test_what_is_not_there_is_said() -> None:
             with pytest.raises(ConfigError, match=f"'{method}' is not implemented; available: .*gptq"):
                 build(cls())
     assert AwqConfig().quant_method == "awq"
-    with pytest.raises(ConfigError, match=r"full_range=True is not implemented"):
-        build(RtnConfig(full_range=True))

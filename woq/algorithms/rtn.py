@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,66 +13,69 @@ from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.blocks import linears, weight_of, write_back
 from woq.codebooks import nearest
 from woq.configs import RtnConfig
-from woq.errors import ConfigError
-from woq.quant import Search, codebook_scales, group_params, quantize
+from woq.hqq import hqq_params
+from woq.quant import Grid, Search, codebook_scales, group_params, quantize
 from woq.replay import BlockInputs
 from woq.scales import encode
 from woq.weights import QuantizedWeight, WeightSpec
 
+RtnSearch = Search | Literal["hqq"]
+
 
 def round_to_nearest(
-    weight: Tensor, spec: WeightSpec, search: Search = "mse", importance: Tensor | None = None
+    weight: Tensor,
+    spec: WeightSpec,
+    search: RtnSearch = "mse",
+    importance: Tensor | None = None,
+    full_range: bool = False,
 ) -> QuantizedWeight:
-    """Quantize float32 `weight` [N, K] on the grids that `group_params` chooses.
+    """Quantize float32 `weight` [N, K], every group on the grid that `search` chooses for it.
 
-    importance: float32 [K], weight of each input feature's squared error, or None. A short last group is filled up
-    with zeros, which every grid represents exactly and which therefore move none of its parameters.
+    importance: float32 [K], weight of each input feature's squared error, or None; for "mse" only. A short last group is
+    filled up with zeros, which grids represent exactly and which therefore move none of their parameters (but those of HQQ).
     """
     fill = spec.groups * spec.group_size - spec.in_features
     grouped = F.pad(weight, (0, fill)).view(spec.out_features, spec.groups, spec.group_size)
     costs = None if importance is None else F.pad(importance, (0, fill)).view(spec.groups, spec.group_size)
+    scales, zeros = _grids(grouped, spec, search, costs, full_range)
     coded = None
-    if spec.is_codebook:
-        scales, zeros = codebook_scales(grouped, spec.data_type, spec.scale_dtype, search, costs), None
-    else:
-        scales, zeros = group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, costs)
     if spec.double_quant is not None:  # codes are computed for the scales as they will be read
         coded = encode(scales, spec.double_quant)
         scales = coded.decode(spec.double_quant, spec.scale_dtype).float()
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
-    if zeros is None:
+    if spec.is_codebook:
         codes = nearest(grouped / divisor, spec.data_type)
-        zeros = torch.zeros_like(scales)
     else:
         codes = quantize(grouped, divisor, zeros.unsqueeze(-1), spec.bits)
     return QuantizedWeight(
         spec=spec,
         codes=codes.view(spec.out_features, -1)[:, : spec.in_features].to(torch.uint8),
         scales=scales.to(spec.scale_dtype),
-        zeros=zeros.to(torch.uint8),
+        zeros=zeros.to(spec.scale_dtype if spec.data_type == "int_float_zeros" else torch.uint8),
         scale_codes=coded,
     )
+
+
+def _grids(
+    grouped: Tensor, spec: WeightSpec, search: RtnSearch, costs: Tensor | None, full_range: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [N, G] for weights [N, G, gs]; zeros are 0 for a codebook."""
+    if spec.is_codebook:
+        fitted: Search = "minmax" if search == "minmax" else "mse"
+        scales = codebook_scales(grouped, spec.data_type, spec.scale_dtype, fitted, costs)
+        return scales, torch.zeros_like(scales)
+    grid: Grid = "full_range" if full_range and spec.sym else "plain"
+    if spec.data_type == "int_float_zeros":
+        grid = "float_zeros"
+    if search == "hqq":
+        return hqq_params(grouped, spec.bits, spec.sym, spec.scale_dtype, grid)
+    return group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, costs, grid)
 
 
 class Rtn(Algorithm[RtnConfig]):
     """See the module's head."""
 
     needs_data: ClassVar[bool] = False
-
-    def __init__(self, config: RtnConfig) -> None:
-        super().__init__(config)
-        asked = {
-            "search": config.search == "hqq",
-            "float_zeros": config.float_zeros,
-            "full_range": config.full_range,
-        }
-        for field, unknown in asked.items():
-            if unknown:
-                raise ConfigError(
-                    f"RtnConfig.{field}={getattr(config, field)!r} is not implemented yet",
-                    hint="search 'minmax' or 'mse'",
-                )
-        self.search: Search = "minmax" if config.search == "minmax" else "mse"
 
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
@@ -81,7 +84,7 @@ class Rtn(Algorithm[RtnConfig]):
         results = {}
         for name, spec in specs.items():
             weight = float_weight(name, weight_of(modules[name]))
-            quantized = round_to_nearest(weight, spec, self.search)
+            quantized = round_to_nearest(weight, spec, self.config.search, full_range=self.config.full_range)
             dequantized = quantized.dequantize()
             loss = (dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
             write_back(modules[name], dequantized)

@@ -41,6 +41,10 @@ class RtnConfig(QuantConfig):
             raise self._refusal(
                 "full_range=True with sym=False", "sym=True: other ranges are always used in full"
             )
+        if self.search == "hqq" and self.weight_dtype != "int":
+            raise self._refusal(
+                f"search='hqq' with weight_dtype={self.weight_dtype!r}", "search='mse' or 'minmax'"
+            )
         if self.full_range and self.weight_dtype != "int":
             raise self._refusal(
                 f"full_range=True with weight_dtype={self.weight_dtype!r}", "weight_dtype='int'"
