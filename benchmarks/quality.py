@@ -87,6 +87,11 @@ def machine(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def width(text: str) -> int | str:
+    """A number of bits, or an average as configs take it."""
+    return text if text.startswith("auto:") else int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,7 +99,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and quality/")
     parser.add_argument("--model", choices=GROUP, required=True)
     parser.add_argument("--folder", type=Path, help="the float checkpoint; default: DATA/models/MODEL")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=width, nargs="+", default=[4, 3, 2], help="or auto:3.5")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, help="test windows to use; default: all, as the protocol says")
     parser.add_argument("--device", default="cpu")

@@ -6,6 +6,9 @@ are every `nn.Linear`, transformers' `Conv1D` and every fused expert below it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -82,6 +85,31 @@ def materialize(block: nn.Module, device: torch.device, dtype: torch.dtype | Non
         if hook is not None:
             remove_hook_from_module(module)
     block.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def borrowed(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """A block with its weights on `device`, and afterwards where it was: on disk again, where accelerate keeps it there."""
+    from accelerate.hooks import add_hook_to_module
+
+    hooks = [(module, module._hf_hook) for module in block.modules() if hasattr(module, "_hf_hook")]
+    on_disk = [
+        (m, name) for m in block.modules() for name, p in m._parameters.items() if p is not None and p.is_meta
+    ]
+    home = next(block.parameters()).device
+    materialize(block, device)
+    try:
+        yield
+    finally:
+        if on_disk:
+            for module, name in on_disk:
+                value = module._parameters[name]
+                assert value is not None
+                module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+            for module, hook in hooks:
+                add_hook_to_module(module, hook)
+        else:
+            block.to(home)
 
 
 def release(block: nn.Module) -> None:

@@ -71,7 +71,8 @@ def quantization_dict(
     linears left in float, as GPTQModel and vLLM expect.
     """
     settings = config.to_dict()
-    told = describe_specs(config, specs, skipped, lm_head=config.quant_lm_head, own_names=own_names)
+    usual = LayerSettings(config.widest_bits, config.group_size, config.sym)
+    told = describe_specs(usual, specs, skipped, lm_head=config.quant_lm_head, own_names=own_names)
     return told | {
         "true_sequential": bool(settings.get("true_sequential", False)),
         "damp_percent": settings.get("damp_percent", 0.01),
@@ -80,7 +81,7 @@ def quantization_dict(
 
 
 def describe_specs(
-    usual: QuantConfig | LayerSettings,
+    usual: LayerSettings,
     specs: Mapping[str, WeightSpec],
     floats: Iterable[str],
     *,
@@ -134,9 +135,7 @@ def _usual_type(specs: Mapping[str, WeightSpec]) -> DataType:
     return Counter(s.data_type for s in specs.values()).most_common(1)[0][0]
 
 
-def _dynamic(
-    usual: QuantConfig | LayerSettings, specs: Mapping[str, WeightSpec], skipped: Iterable[str]
-) -> dict[str, Any]:
+def _dynamic(usual: LayerSettings, specs: Mapping[str, WeightSpec], skipped: Iterable[str]) -> dict[str, Any]:
     rules: dict[str, Any] = {}
     usual_type = _usual_type(specs)
     for name, spec in specs.items():

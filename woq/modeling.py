@@ -159,7 +159,7 @@ def quantize_folder(
             progress=bars,
             writer=writer,
         )
-    finish_folder(model, config, report, writer, folder)
+    finish_folder(model, report, writer, folder)
     return report
 
 

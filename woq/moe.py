@@ -91,6 +91,11 @@ class UnfusedExperts(nn.Module):
         return output
 
 
+def expert_kind(name: str) -> str:
+    """A linear's name in its block with indices as "*": the same for one projection of all experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def unfuse_experts(root: nn.Module) -> None:
     """Replace every fused-experts module below `root`, in place."""
     for parent in list(root.modules()):

@@ -46,6 +46,15 @@ class Plan:
         return {name.removeprefix(prefix).removeprefix("."): spec for name, spec in inside.items()}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen where bits were left to be (woq/mixed_precision.py): asked and average, in bits a weight of the blocks; widths by unit, an expert's index as "*"."""
+
+    asked: float
+    average: float
+    widths: dict[str, int]
+
+
 def make_plan(
     config: QuantConfig, path: str, blocks: nn.ModuleList, head: tuple[str, nn.Module] | None
 ) -> Plan:

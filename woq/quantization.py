@@ -7,6 +7,7 @@ the model's blocks were offloaded to disk to begin with, host memory stays near 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from woq.device import quantization_device
 from woq.errors import CalibrationError, QuantizationError
 from woq.head import output_head, untie
 from woq.linear import QuantLinear
+from woq.mixed_precision import choose_bits
 from woq.moe import unfuse_experts
 from woq.plan import make_plan
 from woq.progress import Progress
@@ -34,6 +36,8 @@ from woq.saving import describe as describe_model
 from woq.saving import dtype_of
 from woq.weights import PackedWeight, WeightSpec
 from woq.writer import FolderWriter
+
+_FEW_SAMPLES, _FEW_TOKENS = 16, 512  # to choose widths on, where the algorithm itself takes no data
 
 
 def quantize(
@@ -66,7 +70,7 @@ def quantize(
     run.all_blocks()
     if writer is None:
         model_config: Any = model.config
-        model_config.quantization_config = describe_model(model, config, run.report)
+        model_config.quantization_config = describe_model(model, run.report)
     return run.report
 
 
@@ -86,7 +90,7 @@ class _Run:
         self.algorithm: Algorithm[Any] = build(config)
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
-        self.report = Report(make_plan(config, self.path, self.blocks, self.head), str(device))
+        self.report = Report(config, make_plan(config, self.path, self.blocks, self.head), str(device))
         self.batches: Sequence[Batch] = []
         self.outside: list[tuple[Tensor, torch.device]] = []  # what was brought to the device, and from where
         self.captured: Capture | None = None
@@ -103,12 +107,13 @@ class _Run:
     def prepare(self, calibration: Any, tokenizer: Any) -> None:
         """Gather data, capture every block's arguments, prove that replaying works, and tell the writer."""
         started = time.perf_counter()
-        if self.algorithm.needs_data:
-            assert isinstance(self.config, CalibratedConfig)
-            self.batches = self._calibration(self.config, calibration, tokenizer)
+        if self.algorithm.needs_data or self.config.average_bits is not None:
+            self.batches = self._calibration(_data_settings(self.config), calibration, tokenizer)
             self.report.calibration = describe(self.batches)
             self.progress.say(f"calibration: {self.report.calibration}")
             self._capture()
+        if self.config.average_bits is not None:
+            self._choose_bits()
         if self.writer is not None:
             data = fingerprint(self.batches) if self.batches else "none"
             made = {"config": self.config.to_dict(), "data": data, "model": _identity(self.model)}
@@ -145,6 +150,23 @@ class _Run:
         self.captured = capture(self.model, self.blocks, self.batches, self.device)
         masks = [None if b.attention_mask is None else b.attention_mask.bool() for b in self.batches]
         self.inputs = BlockInputs(self.device, self.captured.hidden, self.captured.calls[0], masks)
+
+    def _choose_bits(self) -> None:
+        """From here on the config gives every layer its width."""
+        assert self.inputs is not None and self.captured is not None
+        named = [(f"{self.path}.{i}", block) for i, block in enumerate(self.blocks)]
+        self.config, choice = choose_bits(
+            self.config, self.report.plan, named, self.inputs, self.captured.calls, self.progress
+        )
+        self.algorithm = build(self.config)
+        self.report.config, self.report.mixed_precision = self.config, choice
+        self.report.plan = make_plan(self.config, self.path, self.blocks, self.head)
+        counts = ", ".join(
+            f"{n} of {bits} bits" for bits, n in sorted(Counter(choice.widths.values()).items())
+        )
+        self.progress.say(f"{choice.average:.3f} bits a weight of {choice.asked:g} allowed: {counts}")
+        if not self.algorithm.needs_data:
+            self.inputs = self.captured = None
 
     def _bring_outside(self) -> None:
         """Everything but the blocks onto the device: embeddings, norms, the head."""
@@ -247,6 +269,13 @@ class _Run:
         """What float tensors are saved in: the checkpoint's own dtype, whatever quantization computed in."""
         dtype = getattr(self.model.config, "dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _data_settings(config: QuantConfig) -> CalibratedConfig:
+    """How calibration data is drawn, also for an algorithm that needs some only to choose widths."""
+    if isinstance(config, CalibratedConfig):
+        return config
+    return CalibratedConfig(quant_method=config.quant_method, num_samples=_FEW_SAMPLES, seq_len=_FEW_TOKENS)
 
 
 @contextmanager

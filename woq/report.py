@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from woq.plan import Plan
+from woq.configs import QuantConfig
+from woq.plan import Choice, Plan
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class LayerReport:
 class Report:
     """A whole run."""
 
+    config: QuantConfig  # what was done: a width for every layer, also where bits were to be chosen
     plan: Plan
     device: str
     calibration: str = "none"
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
+    mixed_precision: Choice | None = None
     untied_head: bool = False  # the output head shared the embeddings' weight and was given its own
 
     @property
@@ -56,6 +59,7 @@ class Report:
             "seconds": round(self.seconds, 2),
             "layers": len(self.layers),
             "coverage": self.plan.coverage,
+            "mixed_precision": None if self.mixed_precision is None else asdict(self.mixed_precision),
             "skipped": self.plan.skipped,
             "adjusted": self.plan.adjusted,
             "note_counts": self.note_counts,

@@ -14,7 +14,6 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from woq.blocks import find_blocks
 from woq.checkpoint import quantization_dict
-from woq.configs import QuantConfig
 from woq.errors import CheckpointError
 from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
@@ -87,10 +86,9 @@ def _parts(state: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return parts
 
 
-def finish_folder(
-    model: Any, config: QuantConfig, report: Report, writer: FolderWriter, source: Path
-) -> None:
+def finish_folder(model: Any, report: Report, writer: FolderWriter, source: Path) -> None:
     """Add to the blocks that `writer` holds whatever makes a whole folder, and put it in place."""
+    config = report.config
     path, blocks = find_blocks(model, config.blocks)
     inside = [f"{path}."] + ([f"{output_head(model)[0]}."] if config.quant_lm_head else [])
     rest = {name: t for name, t in _state(model).items() if not name.startswith(tuple(inside))}
@@ -100,9 +98,7 @@ def finish_folder(
     with explaining(writer.partial):
         report.write_csv(writer.partial / LAYERS)
     write_json(writer.partial / REPORT, report.to_dict())
-    writer.finish(
-        rest, model_dict(model), describe(model, config, report), len(blocks) + config.quant_lm_head
-    )
+    writer.finish(rest, model_dict(model), describe(model, report), len(blocks) + config.quant_lm_head)
 
 
 def copy_small_files(source: Path, target: Path) -> None:
@@ -113,12 +109,12 @@ def copy_small_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def describe(model: Any, config: QuantConfig, report: Report) -> dict[str, Any]:
+def describe(model: Any, report: Report) -> dict[str, Any]:
     """The `quantization_config` of what `report` tells of."""
     linears = {name for name in report.plan.skipped if not name.endswith("weight")}
     skipped = {name: reason for name, reason in report.plan.skipped.items() if name in linears}
     unfused = any(isinstance(m, UnfusedExperts) for m in model.modules())
-    return quantization_dict(config, report.plan.specs, skipped, report.untied_head, own_names=unfused)
+    return quantization_dict(report.config, report.plan.specs, skipped, report.untied_head, own_names=unfused)
 
 
 def model_dict(model: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from woq.errors import CalibrationError
+from woq.moe import expert_kind
 
 _LADDER = (1.0, 10.0, 100.0)  # multiples of damp_percent, tried in turn
 FEW_TOKENS = 32  # an expert that fewer reached is told what its siblings saw
@@ -61,10 +61,10 @@ def fill_up_rare_experts(
     full = {name: moment for name, moment in by_name.items() if moment.tokens >= FEW_TOKENS}
     lenders: dict[str, dict[int, SecondMoment]] = {}
     for name, moment in full.items():
-        lenders.setdefault(_without_index(name), {})[id(moment)] = moment
+        lenders.setdefault(expert_kind(name), {})[id(moment)] = moment
     filled = {}
     for group in groups:
-        own, siblings = moments[group[0]], lenders.get(_without_index(group[0]), {})
+        own, siblings = moments[group[0]], lenders.get(expert_kind(group[0]), {})
         alike = [m for m in siblings.values() if m.matrix.shape == own.matrix.shape]
         if own.tokens >= FEW_TOKENS or not alike:
             continue
@@ -73,10 +73,6 @@ def fill_up_rare_experts(
         own.matrix += own.borrowed * mean
         filled.update(dict.fromkeys(group, len(alike)))
     return filled
-
-
-def _without_index(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", f".{name}")
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:

@@ -29,6 +29,8 @@ from woq.configs.aliases import aliases_of, canonical
 from woq.configs.explain import explain
 from woq.configs.peers import from_transformers
 from woq.configs.types import (
+    AutoBits,
+    BitChoices,
     Bits,
     ComputeDtype,
     Count,
@@ -89,8 +91,11 @@ class QuantConfig(BaseModel):
 
     quant_method: str
     """Name of the algorithm."""
-    bits: Bits = 4
-    """Width of a code, 2 to 8."""
+    bits: Bits | AutoBits = 4
+    """Width of a code, 2 to 8; or an average for the blocks, "auto:3.5", from which every group of linears that share an
+    input gets its own by how much it suffers on the calibration data."""
+    bit_choices: BitChoices = (2, 3, 4, 8)
+    """The widths that bits="auto:..." chooses from."""
     group_size: GroupSize = 128
     """Input features that share a scale and a zero point; -1 for one group per output channel."""
     group_dim: Literal[1] = 1
@@ -162,6 +167,8 @@ class QuantConfig(BaseModel):
             return
         if not self.takes_codebooks:
             raise self._refusal(got, "'int' (RtnConfig takes the others)")
+        if self.average_bits is not None:
+            raise self._refusal(f"{got} with bits={self.bits!r}", "bits=4: a codebook has one width")
         if settings.bits != 4:
             raise self._refusal(f"{got} with bits={settings.bits}", "bits=4, or weight_dtype='int'")
         if not settings.sym:
@@ -176,6 +183,16 @@ class QuantConfig(BaseModel):
         """Whether layers need a g_idx to run: no, unless the algorithm reorders input features across groups."""
         return False
 
+    @property
+    def average_bits(self) -> float | None:
+        """The budget that bits="auto:..." names; None where every layer's width is given."""
+        return float(self.bits.removeprefix("auto:")) if isinstance(self.bits, str) else None
+
+    @property
+    def widest_bits(self) -> int:
+        """The width of layers that no rule gives one; the largest that may be chosen, where it is to be chosen."""
+        return max(self.bit_choices) if isinstance(self.bits, str) else self.bits
+
     def for_layer(self, name: str) -> LayerSettings | None:
         """Settings of the linear with this full dotted name; None where a rule leaves it in float.
 
@@ -183,12 +200,12 @@ class QuantConfig(BaseModel):
         """
         if self.skip_reason(name) is not None:
             return None
-        _, rule = self._override(name)
+        _, rule = self.override(name)
         return self._settings(rule)
 
     def _settings(self, rule: Override) -> LayerSettings:
         return LayerSettings(
-            bits=self.bits if rule.bits is None else rule.bits,
+            bits=self.widest_bits if rule.bits is None else rule.bits,
             group_size=self.group_size if rule.group_size is None else rule.group_size,
             sym=self.sym if rule.sym is None else rule.sym,
             weight_dtype=self.weight_dtype if rule.weight_dtype is None else rule.weight_dtype,
@@ -203,10 +220,11 @@ class QuantConfig(BaseModel):
                 matches = f".{entry}." in f".{name}."
             if matches:
                 return f"in ignore: {entry!r}"
-        pattern, rule = self._override(name)
+        pattern, rule = self.override(name)
         return f"skipped by overrides[{pattern!r}]" if rule.skip else None
 
-    def _override(self, name: str) -> tuple[str, Override]:
+    def override(self, name: str) -> tuple[str, Override]:
+        """The first rule that matches this full dotted name, by its pattern; ("", nothing changed) where none does."""
         for pattern, rule in self.overrides.items():
             if re.match(pattern, name):
                 return pattern, rule

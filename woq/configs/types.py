@@ -61,6 +61,8 @@ def _one_or_more(names: Any) -> Any:
 # Integers are strict: True is no number of samples, and 4.5 no number of bits.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
+AutoBits = Annotated[str, Field(pattern=r"^auto:[1-8](\.\d+)?$")]
+BitChoices = Annotated[tuple[Bits, ...], Field(min_length=1)]
 GroupSize = Literal[-1] | Count
 ScaleDtype = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(_torch_name)]
 ComputeDtype = Annotated[Literal["fp32", "bf16", "fp16", "int8"], BeforeValidator(_torch_name)]
