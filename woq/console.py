@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from woq.doctor import Diagnosis
     from woq.inspection import Facts, Kind
     from woq.interop.convert import Conversion
+    from woq.plan import Choice
     from woq.report import Report
     from woq.selftest import Row, Summary
 
@@ -94,6 +96,7 @@ def print_report(source: Path, target: Path, config: QuantConfig, report: Report
             "left in float",
             "\n".join(f"{n}: {why}" for n, why in list(report.plan.skipped.items())[:5]) or "none",
         ),
+        *([("bits chosen", _chosen(report.mixed_precision))] if report.mixed_precision else []),
         ("bits per weight", f"{facts.bits_per_weight:.2f} in quantized layers, scales included"),
         ("size of weights", f"{human(before)} -> {human(after)}"),
         ("calibration", report.calibration),
@@ -123,6 +126,12 @@ def print_conversion(done: Conversion, before: int, after: int) -> None:
         ("read back and compared", f"{len(done.checked)} layers, the same bit for bit"),
     ]
     print_facts(f"{done.target} is ready", rows)
+
+
+def _chosen(choice: Choice) -> str:
+    counts = sorted(Counter(choice.widths.values()).items())
+    units = ", ".join(f"{count} units of {bits} bits" for bits, count in counts)
+    return f"{choice.average:.3f} on average, {choice.asked:g} allowed: {units}"
 
 
 def print_folder(facts: Facts) -> None:

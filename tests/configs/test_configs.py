@@ -31,6 +31,7 @@ from woq.errors import ConfigError
 # A valid value of every field that is not its default. `test_table_is_complete` keeps it whole.
 OTHER: dict[str, Any] = {
     "bits": 3,
+    "bit_choices": (3, 4),
     "group_size": 32,
     "sym": False,
     "scale_dtype": "bf16",
