@@ -53,7 +53,7 @@ def linears(block: nn.Module) -> dict[str, Linear]:
     return found
 
 
-def weight_of(linear: Linear) -> Tensor:
+def weight_of(linear: Linear | nn.Embedding) -> Tensor:
     """The weight as [out_features, in_features]; Conv1D stores the transpose."""
     weight = linear.weight.detach()
     return weight.t() if isinstance(linear, Conv1D) else weight

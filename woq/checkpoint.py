@@ -60,10 +60,12 @@ def quantization_dict(
     skipped: Mapping[str, str],
     untied_head: bool,
     own_names: bool,
+    embeddings: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of a folder.
 
-    own_names: tensors have names that only this library knows (experts taken apart).
+    own_names: tensors have names that only this library knows (experts taken apart). embeddings: those are quantized,
+    which nobody else reads either, nor did version 1.
     Where the layout is GPTQ's, all weights are whole numbers of common widths with plain scales, and all names the
     model's, it is a standard GPTQ config that other libraries read (they ignore the key "woq"); else `quant_method` is
     "woq" and nobody else will mistake it.
@@ -72,11 +74,14 @@ def quantization_dict(
     """
     settings = config.to_dict()
     usual = LayerSettings(config.widest_bits, config.group_size, config.sym)
-    told = describe_specs(usual, specs, skipped, lm_head=config.quant_lm_head, own_names=own_names)
+    told = describe_specs(
+        usual, specs, skipped, lm_head=config.quant_lm_head, own_names=own_names or embeddings
+    )
+    newer = {"version": 2} if embeddings else {}
     return told | {
         "true_sequential": bool(settings.get("true_sequential", False)),
         "damp_percent": settings.get("damp_percent", 0.01),
-        "woq": {**told["woq"], "untied_head": untied_head, "config": settings},
+        "woq": {**told["woq"], **newer, "untied_head": untied_head, "config": settings},
     }
 
 

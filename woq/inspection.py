@@ -153,6 +153,8 @@ def _add_quantized(facts: Facts, model: Any, source: QuantizedFolder, target: Ta
     facts.checkpoint_format = str(source.raw.get("checkpoint_format", reader.format))
     facts.layout = reader.describe()
     shapes = {name: weight_of(linear).shape for name, linear in linears(model).items()}
+    embeddings = {n: m.weight.shape for n, m in model.named_modules() if m is model.get_input_embeddings()}
+    shapes |= embeddings
     kinds: dict[tuple[Any, ...], Kind] = {}
     packed: dict[str, PackedWeight] = {}
     for name, headers in source.layers.items():
@@ -160,16 +162,22 @@ def _add_quantized(facts: Facts, model: Any, source: QuantizedFolder, target: Ta
             facts.oddities.append(f"{name} is no linear of {facts.architecture}: the folder will not load")
             continue
         packed[name] = source.packed(name, *shapes[name])
-        _count(kinds, packed[name].spec, headers, target)
+        _count(kinds, packed[name].spec, headers, None if name in embeddings else target)
     facts.kinds = sorted(kinds.values(), key=lambda kind: -kind.weights)
     facts.oddities += reader.oddities()
     facts.oddities += _quantized_oddities(facts, packed)
 
 
 def _count(
-    kinds: dict[tuple[Any, ...], Kind], spec: WeightSpec, headers: Mapping[str, TensorInfo], target: Target
+    kinds: dict[tuple[Any, ...], Kind],
+    spec: WeightSpec,
+    headers: Mapping[str, TensorInfo],
+    target: Target | None,
 ) -> None:
-    refused, backend = refusals(spec, target), choose(spec, target).name
+    """target: where the layer runs; None for embeddings, which no backend runs."""
+    refused, backend = (
+        ({}, "look-up") if target is None else (refusals(spec, target), choose(spec, target).name)
+    )
     group = "channel" if spec.groups == 1 else spec.group_size
     scales = str(spec.scale_dtype).removeprefix("torch.")
     if spec.double_quant is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from woq.blocks import Linear, find_blocks, linears
 from woq.checkpoint import CONFIG, FLOATS, TensorFolder, TensorInfo, read_json
+from woq.embedding import QuantEmbedding
 from woq.errors import CheckpointError
 from woq.interop.folder import QuantizedFolder
 from woq.linear import QuantLinear
@@ -260,14 +261,20 @@ def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:
 def _place_quantized(model: Any, source: QuantizedFolder, backend: str) -> dict[str, WeightSpec]:
     """Put a `QuantLinear` wherever the folder has packed tensors; returns what each is."""
     found, specs = linears(model), dict[str, WeightSpec]()
+    embeddings = {name: m for name, m in model.named_modules() if m is model.get_input_embeddings()}
     for name in source.layers:
+        parent, _, own = name.rpartition(".")
+        if isinstance(embeddings.get(name), nn.Embedding):
+            rows = source.packed(name, *embeddings[name].weight.shape)
+            setattr(model.get_submodule(parent), own, QuantEmbedding(rows, embeddings[name]))
+            specs[name] = rows.spec
+            continue
         linear = found.get(name)
         if linear is None:
             raise CheckpointError(f"{source.folder}: layer {name!r} is no linear of {type(model).__name__}")
         out_features, in_features = _shape(linear)
         packed = source.packed(name, out_features, in_features)
         bias = source.bias(name, out_features, expected=linear.bias is not None)
-        parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, QuantLinear(packed, bias, backend))
         specs[name] = packed.spec
     return specs

@@ -34,6 +34,7 @@ class Plan:
     adjusted: dict[str, str] = field(default_factory=dict)
     weights: int = 0
     covered: int = 0
+    embeddings: str | None = None  # the name of the input embeddings, where they are in specs
 
     @property
     def coverage(self) -> float:
@@ -56,9 +57,13 @@ class Choice:
 
 
 def make_plan(
-    config: QuantConfig, path: str, blocks: nn.ModuleList, head: tuple[str, nn.Module] | None
+    config: QuantConfig,
+    path: str,
+    blocks: nn.ModuleList,
+    head: tuple[str, nn.Module] | None,
+    embeddings: tuple[str, nn.Embedding] | None = None,
 ) -> Plan:
-    """Plan the blocks at `path` and, where given, the output head (name, module).
+    """Plan the blocks at `path` and, where given, the output head and the input embeddings (name, module).
 
     Raises ConfigError for group sizes that do not fit (unless the config's `on_ragged_group` says what to do), and
     QuantizationError where less than `min_coverage` of the blocks' weights would be quantized.
@@ -80,7 +85,11 @@ def make_plan(
             hint="lower min_coverage if this is what you want, or pass blocks='...' if another list holds the blocks",
         )
     if head is not None:
-        _plan_head(plan, config, *head)
+        _plan_alone(plan, config, "quant_lm_head", head[0], linears(head[1])[""])
+    if embeddings is not None:
+        plan.embeddings = embeddings[0]
+        _plan_alone(plan, config, "quant_embeddings", *embeddings)
+        plan.specs[plan.embeddings] = replace(plan.specs[plan.embeddings], desc_act=False)
     _settle_zero_points(plan, config)
     return plan
 
@@ -102,16 +111,18 @@ def _plan_block(plan: Plan, ragged: list[str], config: QuantConfig, prefix: str,
     _account_for_the_rest(plan, prefix, block)
 
 
-def _plan_head(plan: Plan, config: QuantConfig, name: str, module: nn.Module) -> None:
-    """The output head is no block: it is planned where asked for, and coverage does not count it."""
+def _plan_alone(
+    plan: Plan, config: QuantConfig, field: str, name: str, module: Linear | nn.Embedding
+) -> None:
+    """Head and embeddings are in no block: they are planned where `field` asks for it, and coverage does not count them."""
     settings, ragged = config.for_layer(name), list[str]()
     if settings is None:
         raise ConfigError(
-            f"quant_lm_head is set, but {name!r} is ignored", hint="take it out of ignore or overrides"
+            f"{field} is set, but {name!r} is ignored", hint="take it out of ignore or overrides"
         )
-    _plan_linear(plan, ragged, config, name, linears(module)[""], settings)
-    if ragged and config.on_ragged_group == "error":
-        raise ConfigError(f"group_size does not divide in_features of the head: {ragged[0]}")
+    planned = _plan_linear(plan, ragged, config, name, module, settings)
+    if ragged and (config.on_ragged_group == "error" or not planned):
+        raise ConfigError(f"{field}: group_size does not divide: {ragged[0]}", hint="see on_ragged_group")
 
 
 def _account_for_the_rest(plan: Plan, prefix: str, block: nn.Module) -> None:
@@ -129,7 +140,12 @@ def _account_for_the_rest(plan: Plan, prefix: str, block: nn.Module) -> None:
 
 
 def _plan_linear(
-    plan: Plan, ragged: list[str], config: QuantConfig, name: str, linear: Linear, settings: LayerSettings
+    plan: Plan,
+    ragged: list[str],
+    config: QuantConfig,
+    name: str,
+    linear: Linear | nn.Embedding,
+    settings: LayerSettings,
 ) -> bool:
     """Add one linear's spec to the plan; False if it has to be left out."""
     out_features, in_features = weight_of(linear).shape

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from woq.algorithms import build
 from woq.algorithms.base import Algorithm, LayerResult
+from woq.algorithms.rtn import quantize_embedding
 from woq.blocks import find_blocks, linears, materialize, release, write_back
 from woq.calibration import Batch, calibration_batches, describe, fingerprint
 from woq.capture import Capture, capture, head_inputs, verify_replay
 from woq.configs import CalibratedConfig, QuantConfig
 from woq.device import quantization_device
 from woq.errors import CalibrationError, QuantizationError
-from woq.head import output_head, untie
+from woq.head import input_embeddings, output_head, untie
 from woq.linear import QuantLinear
 from woq.mixed_precision import choose_bits
 from woq.moe import unfuse_experts
-from woq.plan import make_plan
+from woq.plan import Plan, make_plan
 from woq.progress import Progress
 from woq.replay import BlockInputs, advance
 from woq.report import LayerReport, Report
@@ -90,7 +91,8 @@ class _Run:
         self.algorithm: Algorithm[Any] = build(config)
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
-        self.report = Report(config, make_plan(config, self.path, self.blocks, self.head), str(device))
+        self.embeddings = input_embeddings(model) if config.quant_embeddings else None
+        self.report = Report(config, self._plan(config), str(device))
         self.batches: Sequence[Batch] = []
         self.outside: list[tuple[Tensor, torch.device]] = []  # what was brought to the device, and from where
         self.captured: Capture | None = None
@@ -104,6 +106,9 @@ class _Run:
         for name, what in plan.adjusted.items():
             progress.say(f"{name}: {what}")
 
+    def _plan(self, config: QuantConfig) -> Plan:
+        return make_plan(config, self.path, self.blocks, self.head, self.embeddings)
+
     def prepare(self, calibration: Any, tokenizer: Any) -> None:
         """Gather data, capture every block's arguments, prove that replaying works, and tell the writer."""
         started = time.perf_counter()
@@ -111,6 +116,9 @@ class _Run:
             self.batches = self._calibration(_data_settings(self.config), calibration, tokenizer)
             self.report.calibration = describe(self.batches)
             self.progress.say(f"calibration: {self.report.calibration}")
+        if self.embeddings is not None:
+            self._quantize_embeddings(*self.embeddings)
+        if self.batches:
             self._capture()
         if self.config.average_bits is not None:
             self._choose_bits()
@@ -151,6 +159,22 @@ class _Run:
         masks = [None if b.attention_mask is None else b.attention_mask.bool() for b in self.batches]
         self.inputs = BlockInputs(self.device, self.captured.hidden, self.captured.calls[0], masks)
 
+    def _quantize_embeddings(self, name: str, embeddings: nn.Embedding) -> None:
+        """First of all, so that calibration sees what the blocks will be given."""
+        started = time.perf_counter()
+        found, result = quantize_embedding(name, embeddings, self.report.plan.specs[name], self.config)
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        self._untie("the output head", head)
+        parent, _, own = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), own, found)
+        self.report.layers.append(_layer_report(name, result, time.perf_counter() - started))
+        self.progress.layer(self.report.layers[-1])
+
+    def _untie(self, name: str, head: Any) -> None:
+        if head is not None and untie(self.model, head):
+            self.report.untied_head = True
+            self.progress.say(f"{name} shared its weight with the embeddings: it is now its own")
+
     def _choose_bits(self) -> None:
         """From here on the config gives every layer its width."""
         assert self.inputs is not None and self.captured is not None
@@ -160,7 +184,7 @@ class _Run:
         )
         self.algorithm = build(self.config)
         self.report.config, self.report.mixed_precision = self.config, choice
-        self.report.plan = make_plan(self.config, self.path, self.blocks, self.head)
+        self.report.plan = self._plan(self.config)
         counts = ", ".join(
             f"{n} of {bits} bits" for bits, n in sorted(Counter(choice.widths.values()).items())
         )
@@ -195,9 +219,7 @@ class _Run:
             self.progress.step(name)
         if self.head is not None:
             name, head = self.head
-            self.report.untied_head = untie(self.model, head)
-            if self.report.untied_head:
-                self.progress.say(f"{name} shared its weight with the embeddings: it is now its own")
+            self._untie(name, head)
             if self.inputs is not None and self.captured is not None:
                 self.inputs = head_inputs(
                     self.model, self.blocks, head, self.batches, self.inputs, self.captured

@@ -14,6 +14,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from woq.blocks import find_blocks
 from woq.checkpoint import quantization_dict
+from woq.embedding import QuantEmbedding
 from woq.errors import CheckpointError
 from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
@@ -93,7 +94,8 @@ def finish_folder(model: Any, report: Report, writer: FolderWriter, source: Path
     inside = [f"{path}."] + ([f"{output_head(model)[0]}."] if config.quant_lm_head else [])
     rest = {name: t for name, t in _state(model).items() if not name.startswith(tuple(inside))}
     dtype = model.config.dtype
-    rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in rest.items()}
+    packed = set(embedding_tensors(model))  # scales stay in the dtype that codes were computed for
+    rest = {n: t.to(dtype) if t.is_floating_point() and n not in packed else t for n, t in rest.items()}
     copy_small_files(source, writer.partial)
     with explaining(writer.partial):
         report.write_csv(writer.partial / LAYERS)
@@ -109,12 +111,28 @@ def copy_small_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def embedding_tensors(model: Any) -> dict[str, Tensor]:
+    """The packed tensors of quantized input embeddings by full name; none where they are float."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, QuantEmbedding):
+        return {}
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    return {f"{name}.{part}": tensor for part, tensor in embeddings.packed.tensors().items()}
+
+
 def describe(model: Any, report: Report) -> dict[str, Any]:
     """The `quantization_config` of what `report` tells of."""
     linears = {name for name in report.plan.skipped if not name.endswith("weight")}
     skipped = {name: reason for name, reason in report.plan.skipped.items() if name in linears}
     unfused = any(isinstance(m, UnfusedExperts) for m in model.modules())
-    return quantization_dict(report.config, report.plan.specs, skipped, report.untied_head, own_names=unfused)
+    return quantization_dict(
+        report.config,
+        report.plan.specs,
+        skipped,
+        report.untied_head,
+        own_names=unfused,
+        embeddings=report.plan.embeddings is not None,
+    )
 
 
 def model_dict(model: Any) -> dict[str, Any]:

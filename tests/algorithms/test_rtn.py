@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from woq.algorithms import ALGORITHMS, build
-from woq.algorithms.rtn import round_to_nearest
+from woq.algorithms.rtn import quantized_before, round_to_nearest
 from woq.configs import CONFIGS, AwqConfig, RtnConfig
 from woq.errors import ConfigError, QuantizationError
 from woq.quant import group_params
@@ -71,3 +71,21 @@ def test_what_is_not_there_is_said() -> None:
             with pytest.raises(ConfigError, match=f"'{method}' is not implemented; available: .*gptq"):
                 build(cls())
     assert AwqConfig().quant_method == "awq"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sym", [True, False])
+def test_weights_that_were_quantized_before_keep_their_range(
+    sym: bool, bits: int, rng: torch.Generator
+) -> None:
+    """Out of 4-bit blocks of 32, as a GGUF file holds them; true float weights are searched."""
+    true = torch.randn(16, 128, generator=rng)
+    blocks = round_to_nearest(true, WeightSpec(128, 16, 4, 32, False), "minmax").dequantize()
+    spec = WeightSpec(128, 16, bits, 64, sym)
+    assert quantized_before(blocks.view(16, 2, 64)).all() and not quantized_before(true.view(16, 2, 64)).any()
+    assert not quantized_before(true.bfloat16().float().view(16, 1, 128)).any()
+    assert not quantized_before(true.half().repeat(1, 8).view(16, 1, -1)).any()  # too long to tell
+    for weight, kept in ((blocks, bits > 2 and not sym), (true, False)):
+        searched, whole = (round_to_nearest(weight, spec, search) for search in ("mse", "minmax"))
+        same = (searched.scales == whole.scales) & (searched.zeros == whole.zeros)
+        assert same.all() if kept else not same.all()

@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "packing": "inc_plain",
     "ignore": ("lm_head", "re:.*gate$"),
     "quant_lm_head": True,
+    "quant_embeddings": True,
     "overrides": {r".*\.0\.": {"bits": 8}},
     "on_ragged_group": "pad",
     "blocks": "model.layers",

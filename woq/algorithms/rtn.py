@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.blocks import linears, weight_of, write_back
 from woq.codebooks import nearest
-from woq.configs import RtnConfig
+from woq.configs import QuantConfig, RtnConfig
+from woq.embedding import QuantEmbedding
 from woq.hqq import hqq_params
 from woq.quant import Grid, Search, codebook_scales, group_params, quantize
 from woq.replay import BlockInputs
 from woq.scales import encode
 from woq.weights import QuantizedWeight, WeightSpec
+
+_LONGEST_TOLD = 128
 
 RtnSearch = Search | Literal["hqq"]
 
@@ -56,6 +59,21 @@ def round_to_nearest(
     )
 
 
+def quantized_before(grouped: Tensor) -> Tensor:
+    """bool [...]: groups [..., gs] whose weights take so few distinct values that they were rounded to a grid already.
+
+    An asymmetric grid over the whole range keeps some of the old grid's points, its ends above all. On SmolLM2 out of
+    4-bit blocks of 32 that beats the range of least squared error by 8 % of KL at 4 bits and 5 % at 3, although its squared error is
+    larger; at 2 bits and on symmetric grids it does not. Long groups of bfloat16 weights have repetitions of their own.
+    """
+    size = grouped.shape[-1]
+    if size > _LONGEST_TOLD:
+        return torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=grouped.device)
+    ordered = grouped.sort(-1).values
+    distinct = (ordered[..., 1:] != ordered[..., :-1]).sum(-1) + 1
+    return 2 * distinct <= size
+
+
 def _grids(
     grouped: Tensor, spec: WeightSpec, search: RtnSearch, costs: Tensor | None, full_range: bool
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +87,26 @@ def _grids(
         grid = "float_zeros"
     if search == "hqq":
         return hqq_params(grouped, spec.bits, spec.sym, spec.scale_dtype, grid)
-    return group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, costs, grid)
+    scales, zeros = group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, search, costs, grid)
+    if search == "mse" and costs is None and not spec.sym and spec.bits > 2:
+        kept = quantized_before(grouped)
+        if spec.in_features % spec.group_size:
+            kept[:, -1] = False  # filled up with zeros, which would count as one value
+        if kept.any():
+            whole = group_params(grouped, spec.bits, spec.sym, spec.scale_dtype, "minmax", grid=grid)
+            scales, zeros = torch.where(kept, whole[0], scales), torch.where(kept, whole[1], zeros)
+    return scales, zeros
+
+
+def quantize_embedding(
+    name: str, embeddings: nn.Embedding, spec: WeightSpec, config: QuantConfig
+) -> tuple[QuantEmbedding, LayerResult]:
+    """Embeddings rounded to nearest, whatever the algorithm: no input ever weighs one row against another."""
+    weight = float_weight(name, embeddings.weight.detach())
+    given = config if isinstance(config, RtnConfig) else RtnConfig()
+    quantized = round_to_nearest(weight, spec, given.search, full_range=given.full_range)
+    loss = (quantized.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+    return QuantEmbedding(quantized.pack(), embeddings), LayerResult(quantized, float(loss))
 
 
 class Rtn(Algorithm[RtnConfig]):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from woq.embedding import QuantEmbedding
 from woq.errors import CalibrationError
 
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -63,7 +64,11 @@ class Sample:
 def vocabulary_size(model: nn.Module | None) -> int | None:
     """Rows of the model's input embedding: the bound of a token id. None without a model to ask."""
     embedding = model.get_input_embeddings() if model is not None else None  # type: ignore[operator]
-    return None if embedding is None else int(embedding.weight.shape[0])
+    if embedding is None:
+        return None
+    return (
+        embedding.num_embeddings if isinstance(embedding, QuantEmbedding) else int(embedding.weight.shape[0])
+    )
 
 
 def checked_sample(ids: Any, mask: Any, index: int, vocab_size: int | None) -> Sample:

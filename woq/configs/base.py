@@ -118,6 +118,8 @@ class QuantConfig(BaseModel):
     """Modules to leave in float: names (whole dotted parts, anywhere in the path) or "re:" + a regex for re.match."""
     quant_lm_head: bool = False
     """Quantize the output head too; embeddings tied to it are untied."""
+    quant_embeddings: bool = False
+    """Quantize the input embeddings too, to nearest; a head tied to them keeps a weight of its own. Read by woq alone."""
     overrides: Annotated[dict[Pattern, Override], BeforeValidator(from_dynamic)] = {}
     """Rules by regex, matched with re.match on the module's full name; the first that matches wins."""
     on_ragged_group: RaggedPolicy = "error"

@@ -17,7 +17,8 @@ class RtnConfig(QuantConfig):
 
     quant_method: Literal["rtn"] = "rtn"
     search: Literal["minmax", "mse", "hqq"] = "mse"
-    """How scale and zero are chosen: the whole range, the range of least squared error, or HQQ's robust zero point."""
+    """How scale and zero are chosen: the whole range, the range of least squared error (the whole one in asymmetric groups
+    that were quantized before), or HQQ's grid of least |error|^0.7."""
     full_range: bool = False
     """Symmetric only: let the scale's sign follow the largest weight, so that all 2^bits codes are used."""
     float_zeros: bool = False
