@@ -28,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sym": False, "double_quant": True, "double_quant_bits": 6, "double_quant_group_size": 8
     },
     "fp4, plain layout": {"weight_dtype": "fp4", "compression_dtype": "int8", "scale_dtype": "fp32"},
-    "hqq, float zeros": {"sym": False, "float_zeros": True, "search": "hqq", "bits": 3},
+    "hqq, float zeros": {"sym": False, "float_zeros": True, "search": "hqq"},
     "float zeros of searched ranges, in bfloat16": {"sym": False, "float_zeros": True, "scale_dtype": "bf16"},
     "hqq, whole zeros": {"sym": False, "search": "hqq"},
     "full range": {"full_range": True, "search": "minmax"},

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from tests.test_quant import samples
 from woq.hqq import NORM, hqq_params
-from woq.quant import dequantize, group_params, quantize
+from woq.quant import dequantize, group_params, quantize, quantize_between
 
 CASES = list(itertools.product(range(2, 9), ("plain", "float_zeros")))
 
 
 def error(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-    return (dequantize(quantize(w, scale, zero, bits), scale, zero) - w).abs().pow(NORM).mean(-1)
+    to_codes = quantize if torch.equal(zero, zero.round()) else quantize_between
+    return (dequantize(to_codes(w, scale, zero, bits), scale, zero) - w).abs().pow(NORM).mean(-1)
 
 
 def slowly(w: list[float], scale: float, zero: float, bits: int, float_zeros: bool) -> tuple[float, float]:
@@ -25,7 +26,8 @@ def slowly(w: list[float], scale: float, zero: float, bits: int, float_zeros: bo
     top = (1 << bits) - 1
 
     def code(x: float) -> float:
-        return min(max(round(x / scale) + zero, 0.0), top)
+        rounded = round(x / scale + zero) if float_zeros else round(x / scale) + zero
+        return min(max(rounded, 0.0), top)
 
     def cost() -> float:
         return sum(abs(x - scale * (code(x) - zero)) ** NORM for x in w) / len(w)

@@ -99,7 +99,7 @@ def test_ragged_head(tiny_model: TinyModel) -> None:
     head = nn.Linear(48, 128)
     model = tiny_model("llama")
     model.lm_head = head
-    with pytest.raises(ConfigError, match=r"head: lm_head: in_features 48, group_size 32"):
+    with pytest.raises(ConfigError, match=r"quant_lm_head: .*: lm_head: in_features 48, group_size 32"):
         plan_of(model, RtnConfig(group_size=32, quant_lm_head=True))
 
 

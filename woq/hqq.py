@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from woq.quant import Grid, dequantize, group_params, quantize, storable_scale
+from woq.quant import Grid, dequantize, group_params, quantize, quantize_between, storable_scale
 
 NORM = 0.7  # p of the |error|^p that is minimised
 _BETA, _GROWTH, _ITERATIONS = 10.0, 1.01, 20  # the authors'
@@ -29,17 +29,19 @@ def hqq_params(
     """Scale and zero point of every group of w [..., gs]; arguments and result as of `quant.group_params`."""
     scale, zero = (t.unsqueeze(-1) for t in group_params(w, bits, sym, scale_dtype, "minmax", grid=grid))
     best_scale, best_zero = scale, zero
-    least = _error(w, scale, zero, bits)
+    to_codes = quantize_between if grid == "float_zeros" else quantize
+    codes = to_codes(w, scale, zero, bits)
+    least = _error(w, codes, scale, zero)
     beta = _BETA
     for _ in range(_ITERATIONS):
-        codes = quantize(w, scale, zero, bits)
         target = w - _shrink(w / scale - (codes - zero), beta) * scale
         if not sym:
             zero = (codes - target / scale).mean(-1, keepdim=True).clamp_(0, (1 << bits) - 1)
             zero = zero.to(scale_dtype).float() if grid == "float_zeros" else zero.round()
         if grid != "float_zeros":
             scale = _fitted_scale(codes - zero, target, scale, scale_dtype)
-        error = _error(w, scale, zero, bits)
+        codes = to_codes(w, scale, zero, bits)
+        error = _error(w, codes, scale, zero)
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -48,10 +50,9 @@ def hqq_params(
     return best_scale.squeeze(-1), best_zero.squeeze(-1)
 
 
-def _error(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _error(w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """[..., 1]: mean |error|^NORM of each group."""
-    off = dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).abs_()
-    return off.pow_(NORM).mean(-1, keepdim=True)
+    return dequantize(codes, scale, zero).sub_(w).abs_().pow_(NORM).mean(-1, keepdim=True)
 
 
 def _shrink(error: Tensor, beta: float) -> Tensor:

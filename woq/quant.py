@@ -40,6 +40,11 @@ def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return torch.div(w, scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
 
 
+def quantize_between(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """`quantize` for zero points that are no whole numbers, where w / scale + zero is what has to be rounded."""
+    return torch.div(w, scale).add_(zero).round_().clamp_(0, (1 << bits) - 1)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`scale * (codes - zero)`."""
     return (codes - zero).mul_(scale)
@@ -95,9 +100,9 @@ def group_params(
         chunk = flat[start : start + rows]
         scale, zero = choose(chunk, bits, scale_dtype, w.new_tensor(_factors(bits, sym, search)))
         if candidates > 1:
-            best = _least_error(
-                chunk, scale, zero, bits, None if costs is None else costs[start : start + rows]
-            )
+            to_codes = quantize_between if grid == "float_zeros" else quantize
+            error = dequantize(to_codes(chunk, scale, zero, bits), scale, zero).sub_(chunk).square_()
+            best = _least(error, None if costs is None else costs[start : start + rows])
             scale, zero = scale.gather(0, best), zero.gather(0, best)
         scales.append(scale[0, :, 0])
         zeros.append(zero[0, :, 0])
@@ -199,11 +204,6 @@ def _asymmetric_range(
     low = low * factors[:, :1, None]
     high = high * factors[:, 1:, None]
     return storable_scale((high - low) / ((1 << bits) - 1), scale_dtype), low
-
-
-def _least_error(w: Tensor, scale: Tensor, zero: Tensor, bits: int, costs: Tensor | None) -> Tensor:
-    """int64 [1, R, 1]: for each row of w the candidate with the smallest squared error, the first of equals."""
-    return _least(dequantize(quantize(w, scale, zero, bits), scale, zero).sub_(w).square_(), costs)
 
 
 def _least(error: Tensor, costs: Tensor | None) -> Tensor:

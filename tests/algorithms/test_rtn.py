@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from woq.algorithms import ALGORITHMS, build
-from woq.algorithms.rtn import quantized_before, round_to_nearest
+from woq.algorithms.rtn import RtnSearch, quantized_before, round_to_nearest
 from woq.configs import CONFIGS, AwqConfig, RtnConfig
 from woq.errors import ConfigError, QuantizationError
 from woq.quant import group_params
@@ -30,6 +30,18 @@ def test_every_weight_takes_the_nearest_point_of_its_grid(
         nearest = (weight[:, members, None] - grid[:, None]).abs().amin(-1)
         off = (weight[:, members] - got.dequantize()[:, members]).abs()
         assert torch.allclose(off, nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse", "hqq"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_float_zeros_too(bits: int, search: RtnSearch, rng: torch.Generator) -> None:
+    weight = torch.randn(6, 64, generator=rng)
+    spec = WeightSpec(64, 6, bits, 16, False, data_type="int_float_zeros")
+    got = round_to_nearest(weight, spec, search)
+    points = torch.arange(1 << bits) - got.zeros.float()[..., None]
+    grid = (points * got.scales.float()[..., None]).repeat_interleave(16, dim=1)  # [N, K, codes]
+    nearest = (weight[..., None] - grid).abs().amin(-1)
+    assert torch.allclose((weight - got.dequantize()).abs(), nearest, atol=1e-5)
 
 
 def test_padding_of_a_short_group_moves_nothing(rng: torch.Generator) -> None:

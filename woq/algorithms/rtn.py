@@ -15,7 +15,7 @@ from woq.codebooks import nearest
 from woq.configs import QuantConfig, RtnConfig
 from woq.embedding import QuantEmbedding
 from woq.hqq import hqq_params
-from woq.quant import Grid, Search, codebook_scales, group_params, quantize
+from woq.quant import Grid, Search, codebook_scales, group_params, quantize, quantize_between
 from woq.replay import BlockInputs
 from woq.scales import encode
 from woq.weights import QuantizedWeight, WeightSpec
@@ -49,7 +49,8 @@ def round_to_nearest(
     if spec.is_codebook:
         codes = nearest(grouped / divisor, spec.data_type)
     else:
-        codes = quantize(grouped, divisor, zeros.unsqueeze(-1), spec.bits)
+        to_codes = quantize_between if spec.data_type == "int_float_zeros" else quantize
+        codes = to_codes(grouped, divisor, zeros.unsqueeze(-1), spec.bits)
     return QuantizedWeight(
         spec=spec,
         codes=codes.view(spec.out_features, -1)[:, : spec.in_features].to(torch.uint8),
