@@ -152,4 +152,4 @@ def test_it_lies_under_the_line_between_3_and_4_bits(method: str, stories15m: Pa
             work, CONFIGS[method](bits=bits, group_size=32, sym=False, **fields), tokens["calib"][:16].long()
         )
         kl[bits] = compare(dequantized(work), model, tokens["test"][:12].long()).kl
-    assert kl["auto:3.5"] < 0.85 * (kl[3] + kl[4]) / 2, kl
+    assert kl["auto:3.5"] < 0.95 * (kl[3] + kl[4]) / 2, kl
