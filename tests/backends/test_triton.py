@@ -248,3 +248,14 @@ def test_a_chain_in_a_cuda_graph_repeats_to_the_bit(m: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, step)
+
+
+@pytest.mark.gpu
+def test_the_current_device_does_not_matter() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    weight = random_weight(WeightSpec(512, 64, 4, 128, False, desc_act=True), device="cuda:1")
+    x = tokens(3, 512, torch.bfloat16, device="cuda:1")
+    with torch.cuda.device(0):
+        y = TritonBackend().apply(x, arrange(weight))
+    assert_close(y, x, weight, rounded_weights=False)

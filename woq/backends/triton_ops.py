@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,11 @@ def abilities(device: torch.device) -> Abilities:
         kernels.CAN_PACK and capability >= (8, 0),
         kernels.CAN_START_EARLY and capability >= (9, 0),
     )
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the current device, which need not be the tensors'."""
+    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _early(device: torch.device, wanted: bool) -> dict[str, bool]:
@@ -180,7 +186,8 @@ def triton_linear(
     state = TritonState(words, scales, zeros, order, x.shape[1], bits, group_size)
     half = x.dtype in (torch.bfloat16, torch.float16)
     plan = _plan(x.shape[0], scales.shape[1], x.shape[1], bits, group_size, half, x.device)
-    return run(x if order is None else gather(x, order), state, plan)
+    with _on(x.device):
+        return run(x if order is None else gather(x, order), state, plan)
 
 
 @triton_linear.register_fake
@@ -199,7 +206,8 @@ def triton_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The float weight [N, K] of a weight in the form of `TritonState`, columns in the kernels' order."""
-    return dequantize(TritonState(words, scales, zeros, None, in_features, bits, group_size), dtype)
+    with _on(words.device):
+        return dequantize(TritonState(words, scales, zeros, None, in_features, bits, group_size), dtype)
 
 
 @triton_dequantize.register_fake
