@@ -159,6 +159,6 @@ class AutoRoundWriter(Writer):
             "group_size": usual.group_size,
             "sym": usual.sym,
             "data_type": "int",
-            "extra_config": extra or None,
+            **({"extra_config": extra} if extra else {}),  # auto-round takes no null here
             "provider": "woq",
         }
