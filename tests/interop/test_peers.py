@@ -138,9 +138,11 @@ def stories(stories15m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(shared_dir: Path, count: int) -> list[str]:
-    """The beginnings of `count` stories."""
-    stories = (shared_dir / "data/text/tinystories-valid.txt").read_text().split("<|endoftext|>")
-    return [story.strip()[:60] for story in stories if len(story) > 100][:count]
+    """The beginnings of `count` paragraphs."""
+    paragraphs = (shared_dir / "data/text/tinystories-valid.txt").read_text().split("\n\n")
+    found = [paragraph.strip()[:60] for paragraph in paragraphs if len(paragraph) > 100][:count]
+    assert len(found) == count
+    return found
 
 
 def test_llama_cpp_reads_our_gguf(stories: Path, shared_dir: Path) -> None:
@@ -156,7 +158,8 @@ def test_llama_cpp_reads_our_gguf(stories: Path, shared_dir: Path) -> None:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert count == ids.shape[1]
         ours = model.generate(ids, do_sample=False, max_new_tokens=24)[0]
-        text_of_ours = tokenizer.decode(ours)[len(tokenizer.decode(ids[0])) :]
+        text_of_ours = tokenizer.decode(ours, skip_special_tokens=True)
+        text_of_ours = text_of_ours[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
         assert text[:10] == text_of_ours[:10]
         same += text == text_of_ours
     assert same >= 3
