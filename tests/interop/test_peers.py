@@ -174,12 +174,15 @@ def test_vllm_continues_as_we_do(form: str, stories: Path, shared_dir: Path) -> 
     prompts = [tokenizer(text).input_ids[:16] for text in texts(shared_dir, 20)]
     (stories / "tokens.json").write_text(json.dumps(prompts))
     run(VLLM, "tests.interop.vllm_reader", stories / f"{form}.json", stories / form, stories / "tokens.json")
-    answers = json.loads((stories / f"{form}.json").read_text())["answers"]
+    found = json.loads((stories / f"{form}.json").read_text())
+    answers = found["answers"]
+    assert len(answers) == 20 and all(len(answer) == 32 for answer in answers)
+    print(f"vLLM {found['version']}, product by reference: {found['product_by_reference']}")  # noqa: T201
     model = AutoModelForCausalLM.from_pretrained(stories / form, device_map="cpu", dtype=torch.float32)
     differing = [
         len(tie) for p, a in zip(prompts, answers, strict=True) if (tie := first_difference(model, p, a))
     ]
-    assert len(prompts) == 20 and len(differing) < 10
+    assert len(differing) < 15  # a wrong weight would part them all, and by more than a tie
 
 
 def first_difference(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
@@ -193,5 +196,5 @@ def first_difference(model: Any, prompt: list[int], answer: list[int]) -> list[f
         return []
     at = int(wrong[0])
     gap = float(scores[at, best[at]] - scores[at, answer[at]])
-    assert gap < 0.02 * float(scores[at].abs().max()), f"token {at}: logits differ by {gap}"
+    assert gap < 0.01 * float(scores[at].abs().max()), f"token {at}: logits differ by {gap}"
     return [gap]

@@ -26,15 +26,7 @@ _SCHEMA = (
 
 
 def reference(
-    x: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    scales: Tensor,
-    zeros: Any,
-    g_idx: Any,
-    bias: Any,
-    pack: int,
-    _: str,
+    x: Tensor, weight: Tensor, output: Tensor, scales: Tensor, zeros: Any, bias: Any, pack: int, _: str
 ) -> None:
     """weight int32 [N/16, K * 2]: blocks of 16 outputs, of each input two words, the first output lowest."""
     blocks, inputs = weight.shape[0], weight.shape[1] * pack // 16
