@@ -125,9 +125,15 @@ def gptqmodel_v1(w: Plain) -> dict[str, Tensor]:
     """GPTQModel's export to v1: 1 in every field subtracted from whole 32-bit words."""
     v2 = gptq(w, 0)
     ones = bit_string([1] * 32, w.bits)
+    if w.bits == 3:  # as its source has them: three words in turn
+        ones = [
+            0b00100100100100100100100100100100,
+            0b10010010010010010010010010010010,
+            0b01001001001001001001001001001001,
+        ]
     words = v2["qzeros"].tolist()
     subtracted = [
-        [signed((word - ones[j % w.bits]) % (1 << 32), 32) for j, word in enumerate(row)] for row in words
+        [signed((word - ones[j % len(ones)]) % (1 << 32), 32) for j, word in enumerate(row)] for row in words
     ]
     return {**v2, "qzeros": torch.tensor(subtracted, dtype=torch.int32)}
 
@@ -204,8 +210,8 @@ def compressed_tensors(w: Plain, packer: Packer = bit_string) -> dict[str, Tenso
 
 
 def auto_round_words_minus_one(w: Plain) -> dict[str, Tensor]:
-    """auto-round's auto_gptq packer: zero points minus 1, summed into words without a mask. No g_idx."""
-    tensors = gptqmodel_v1(w)
+    """auto-round's auto_gptq packer: zero points minus 1, summed into words without a mask; 3 bits field by field. No g_idx."""
+    tensors = gptq(w, 1) if w.bits == 3 else gptqmodel_v1(w)
     del tensors["g_idx"]
     return tensors
 

@@ -1,7 +1,7 @@
 """auto-round's own folders: GPTQ's or AWQ's tensors under `quant_method: "auto-round"` and a `packing_format`.
 
-"auto_round:auto_gptq" stores zero points minus 1, its others as they are. The minus 1 is taken from whole words, so that
-a zero point of 0 borrows from its neighbour: adding to whole words undoes it. Where a folder is symmetric the stored
+"auto_round:auto_gptq" stores zero points minus 1, its others as they are. The minus 1 is taken from whole words (but for
+3 bits), so that a zero point of 0 borrows from its neighbour: adding to whole words undoes it. Where a folder is symmetric the stored
 constant itself says which convention it is, and that is believed. Written is auto_gptq, which everything reads.
 """
 
@@ -96,6 +96,8 @@ class AutoRoundReader(Reader):
             return torch.full_like(stored, middle)
         if self.packing != AUTO_GPTQ:
             return stored
+        if bits == 3:  # fields that straddle words are packed one by one, so nothing is borrowed
+            return (stored + 1).bitwise_and_(7)
         words = layer.tensor("qzeros", torch.int32)
         return unpack_rows(plus_one(words, bits), bits, layer.out_features).t()
 

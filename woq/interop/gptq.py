@@ -100,11 +100,21 @@ def add_to_words(packed: PackedWeight) -> PackedWeight:
     return replace(packed, spec=replace(packed.spec, layout=GPTQ_V2), qzeros=words)
 
 
+# What GPTQModel takes from its 32-bit words of zero points: a 1 in every field, but for 3 bits, where its constants for
+# three words in turn set other bits. Whatever they mean, adding them gives back what it had.
+_SUBTRACTED = {
+    2: (0x55555555,),
+    3: (0x24924924, 0x92492492, 0x49249249),
+    4: (0x11111111,),
+    8: (0x01010101,),
+}
+
+
 def plus_one(words: Tensor, bits: int) -> Tensor:
-    """int32 [R, W] with 1 added to every field, as a writer that subtracts from whole words took it away."""
-    ones = packing.pack_dense(torch.ones(BLOCK, 1, dtype=torch.uint8), bits).flatten()
-    repeated = ones.repeat(-(-words.shape[1] // bits))[: words.shape[1]]
-    return words + repeated.to(words.device)  # int32: wraps
+    """int32 [R, W] with what a writer that subtracts from whole words took away added again."""
+    constants = torch.tensor(_SUBTRACTED[bits], device=words.device)
+    repeated = constants.repeat(-(-words.shape[1] // len(constants)))[: words.shape[1]]
+    return (words.to(torch.int64) + repeated).to(torch.int32)  # wraps
 
 
 def as_the_zeros_say(packed: PackedWeight) -> PackedWeight:
