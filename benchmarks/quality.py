@@ -30,14 +30,41 @@ from woq.evaluation import compare, perplexity
 from woq.linear import QuantLinear
 
 GROUP = {"stories15M": 32, "smollm2-135m": 64}
+PAPER: dict[str, Any] = {"search": "minmax", "act_group_aware": False, "true_sequential": False}
+PLAIN: dict[str, Any] = {"quant_method": "gptq", "drift_correction": 0.0, "refine": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "RTN minmax": {"quant_method": "rtn", "search": "minmax"},
     "RTN": {"quant_method": "rtn"},
-    "GPTQ paper": {"quant_method": "gptq", "search": "minmax"},
-    "GPTQ": {"quant_method": "gptq"},
     "AWQ": {"quant_method": "awq"},
     "TEQ": {"quant_method": "teq"},
+    "GPTQ paper": {**PLAIN, **PAPER},
+    "GPTQ": {"quant_method": "gptq"},
+    "GPTQ, end to end": {"quant_method": "gptq", "distill_iters": 200},
+    "AutoRound paper": {
+        "quant_method": "autoround", "init": "rtn", "optimizer": "signsgd", "drift_correction": 1.0,
+    },
+    "AutoRound": {"quant_method": "autoround"},
+    "AutoRound, end to end": {"quant_method": "autoround", "distill_iters": 200},
+}  # fmt: skip
+# GPTQ's parts, each alone on the paper's and all but each: docs/algorithms.md has the table.
+ABLATION: dict[str, dict[str, Any]] = {
+    "paper": {**PLAIN, **PAPER},
+    "paper + mse grid": {**PLAIN, **PAPER, "search": "mse"},
+    "paper + activation grid": {**PLAIN, **PAPER, "search": "activation"},
+    "paper + group-aware order": {**PLAIN, **PAPER, "act_group_aware": True},
+    "paper + true sequential": {**PLAIN, **PAPER, "true_sequential": True},
+    "paper + drift correction": {**PLAIN, **PAPER, "drift_correction": 0.5},
+    "paper + both": {**PLAIN, **PAPER, "true_sequential": True, "drift_correction": 0.75},
+    "paper + refine": {**PLAIN, **PAPER, "refine": 2},
+    "all": {"quant_method": "gptq"},
+    "all - activation grid": {"quant_method": "gptq", "search": "minmax"},
+    "all - group-aware order": {"quant_method": "gptq", "act_group_aware": False},
+    "all - true sequential": {"quant_method": "gptq", "true_sequential": False, "drift_correction": 0.5},
+    "all - drift correction": {"quant_method": "gptq", "drift_correction": 0.0},
+    "all - refine": {"quant_method": "gptq", "refine": 0},
+    "all, desc_act": {"quant_method": "gptq", "desc_act": True},
 }
+CHOICES = {**METHODS, **ABLATION}
 COLUMNS = (
     "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",
     "perplexity", "kl", "top1", "seconds",
@@ -100,7 +127,11 @@ def main() -> None:
     parser.add_argument("--model", choices=GROUP, required=True)
     parser.add_argument("--folder", type=Path, help="the float checkpoint; default: DATA/models/MODEL")
     parser.add_argument("--bits", type=width, nargs="+", default=[4, 3, 2], help="or auto:3.5")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=CHOICES, default=list(METHODS))
+    parser.add_argument("--sym", choices=["sym", "asym"], nargs="+", default=["sym", "asym"])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[42], help="for methods that draw random numbers"
+    )
     parser.add_argument("--windows", type=int, help="test windows to use; default: all, as the protocol says")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", help="what to write in the CSV where there is no git checkout")
@@ -130,7 +161,7 @@ def main() -> None:
         for method in options.methods:
             for sym in (True, False):
                 settings = {
-                    **METHODS[method], "bits": bits, "sym": sym, "group_size": GROUP[options.model], "seq_len": calib.shape[1],
+                    **CHOICES[method], "bits": bits, "sym": sym, "group_size": GROUP[options.model], "seq_len": calib.shape[1],
                 }  # fmt: skip
                 if settings["quant_method"] == "rtn":
                     del settings["seq_len"]

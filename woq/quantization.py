@@ -24,7 +24,8 @@ from woq.calibration import Batch, calibration_batches, describe, fingerprint
 from woq.capture import Capture, capture, head_inputs, verify_replay
 from woq.configs import CalibratedConfig, QuantConfig
 from woq.device import quantization_device
-from woq.errors import CalibrationError, QuantizationError
+from woq.distill import distill
+from woq.errors import CalibrationError, ConfigError, QuantizationError
 from woq.head import input_embeddings, output_head, untie
 from woq.linear import QuantLinear
 from woq.mixed_precision import choose_bits
@@ -89,6 +90,12 @@ class _Run:
         self.model, self.config, self.device = model, config, device
         self.progress, self.writer = progress, writer
         self.algorithm: Algorithm[Any] = build(config)
+        self.distill_iters = config.distill_iters if isinstance(config, CalibratedConfig) else 0
+        if self.distill_iters and writer is not None:
+            raise ConfigError(
+                "distill_iters trains through the whole model, which block by block from disk to disk never is in memory",
+                hint="quantize it in memory: woq.quantize(model, config), or offload='never'; or leave distill_iters at 0",
+            )
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
         self.embeddings = input_embeddings(model) if config.quant_embeddings else None
@@ -158,6 +165,8 @@ class _Run:
         self.captured = capture(self.model, self.blocks, self.batches, self.device)
         masks = [None if b.attention_mask is None else b.attention_mask.bool() for b in self.batches]
         self.inputs = BlockInputs(self.device, self.captured.hidden, self.captured.calls[0], masks)
+        if self.algorithm.needs_float_stream or self.distill_iters:
+            self.inputs.float_hidden = list(self.captured.hidden)
 
     def _quantize_embeddings(self, name: str, embeddings: nn.Embedding) -> None:
         """First of all, so that calibration sees what the blocks will be given."""
@@ -217,6 +226,8 @@ class _Run:
                 self.inputs.calls = self.captured.calls[i]
             self._one(i, name, block)
             self.progress.step(name)
+        if self.distill_iters:
+            self._distill()
         if self.head is not None:
             name, head = self.head
             self._untie(name, head)
@@ -229,12 +240,43 @@ class _Run:
         if self.writer is None:
             self._return_outside()
 
+    def _distill(self) -> None:
+        """End to end, once all blocks are quantized and in memory."""
+        config = self.config
+        assert self.captured is not None and self.inputs is not None and isinstance(config, CalibratedConfig)
+        started = time.perf_counter()
+        _, head = output_head(self.model)
+        finished = head_inputs(
+            self.model, self.blocks, head, self.batches, self.inputs.in_float(), self.captured
+        )
+        self.progress.stage("tuning end to end", 1)
+        dtype, homes = dtype_of(self.model), [next(b.parameters()).device for b in self.blocks]
+        self.model.to(self.device, torch.float32)
+        teacher = [hidden.float() for hidden in finished.hidden]
+        before, after = distill(
+            self.model, head, self.batches, teacher, config.distill_iters, config.distill_lr, config.seed
+        )
+        self.model.to(dtype)
+        for block, home in zip(self.blocks, homes, strict=True):
+            block.to(home)
+        if self.head is not None:  # its data is what the tuned model hands on
+            self.inputs.hidden = self.captured.hidden
+            for block, calls in zip(self.blocks, self.captured.calls, strict=True):
+                self.inputs.calls = calls
+                self.inputs.hidden = advance(block, self.inputs, self.captured.hidden[0].device)
+        self.progress.say(f"end to end: held-out KL divergence {before:.4g} -> {after:.4g}")
+        self.report.seconds += time.perf_counter() - started
+
     def _one(self, index: int, name: str, block: nn.Module) -> None:
         started = time.perf_counter()
         home = next(block.parameters()).device
         materialize(block, self.device)
         unfuse_experts(block)
         specs = self.report.plan.of_block(name)
+        if self.inputs is not None and self.inputs.float_hidden is not None:
+            with _naming(name):
+                floats = self.inputs.in_float()
+                self.inputs.float_outputs = advance(block, floats, floats.hidden[0].device)
         if self.writer is not None and self.writer.has_block(index):
             packed, reports = self._restore(index, name, block, specs)
         else:
@@ -253,6 +295,7 @@ class _Run:
         if self.inputs is not None and index < len(self.blocks):
             with _naming(name):
                 self.inputs.hidden = advance(block, self.inputs, self.inputs.hidden[0].device)
+            self.inputs.float_hidden, self.inputs.float_outputs = self.inputs.float_outputs, None
         if self.writer is not None:
             release(block)
         else:

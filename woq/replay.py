@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from woq.blocks import linears
 from woq.errors import CalibrationError
 from woq.moe import UnfusedExperts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,39 @@ class BlockCall:
 class BlockInputs:
     """What one block is run on: a list entry per calibration batch.
 
-    device: where the block is and runs. hidden: [B, L, H] each, anywhere. calls: the other arguments of THIS block.
-    masks: bool [B, L], True where a token counts, or None where all do.
+    device: where the block is and runs. hidden: [B, L, H] each, anywhere: what the quantized blocks before hand on.
+    calls: the other arguments of THIS block. masks: bool [B, L], True where a token counts, or None where all do.
+    float_hidden, float_outputs: what the float model gives this block and takes from it, [B, L, H] each; None unless
+    the algorithm asked for them (`Algorithm.needs_float_stream`).
     """
 
     device: torch.device
     hidden: list[Tensor]
     calls: list[BlockCall]
     masks: list[Tensor | None]
+    float_hidden: list[Tensor] | None = None
+    float_outputs: list[Tensor] | None = None
+
+    def in_float(self) -> BlockInputs:
+        """The same batches as the float model sees them; this very object where it does not tell."""
+        if self.float_hidden is None:
+            return self
+        return replace(self, hidden=self.float_hidden, float_hidden=None, float_outputs=None)
+
+    def batches(self, chosen: Sequence[int]) -> BlockInputs:
+        """Some of the batches."""
+
+        def of(values: list[T]) -> list[T]:
+            return [values[i] for i in chosen]
+
+        return BlockInputs(
+            self.device,
+            of(self.hidden),
+            of(self.calls),
+            of(self.masks),
+            None if self.float_hidden is None else of(self.float_hidden),
+            None if self.float_outputs is None else of(self.float_outputs),
+        )
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
@@ -137,6 +165,10 @@ def input_groups(block: nn.Module, names: Sequence[str], inputs: BlockInputs) ->
     return [tuple(group) for group in groups] + [(name,) for name in names if name not in seen]
 
 
+class _SeenAll(Exception):
+    """Raised to leave a block that has shown what it was run for."""
+
+
 def observe(
     block: nn.Module,
     names: Sequence[str],
@@ -145,18 +177,20 @@ def observe(
 ) -> None:
     """Run the block on every batch and call `visit(name, x)` with each named linear's input as [tokens, K].
 
-    Rows that are only padding are left out. Raises CalibrationError where rows cannot be matched with the mask.
+    A run ends as soon as all of them have been given an input: what follows would be computed for nothing. Rows that are
+    only padding are left out. Raises CalibrationError where rows cannot be matched with the mask.
     """
     modules = linears(block)
     current: list[Tensor | None] = [None]
+    waiting: set[str] = set()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        inside_experts = _inside_experts(block, name)
+        in_expert = inside_experts(block, name)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             mask = current[0]
-            if mask is not None and not inside_experts:
+            if mask is not None and not in_expert:
                 if mask.numel() != x.shape[0]:
                     raise CalibrationError(
                         f"layer {name!r} sees {x.shape[0]} rows where the batch has {mask.numel()} tokens, so padding "
@@ -165,6 +199,9 @@ def observe(
                     )
                 x = x[mask.flatten().to(x.device)]
             visit(name, x)
+            waiting.discard(name)
+            if not waiting:
+                raise _SeenAll
 
         return hook
 
@@ -172,13 +209,15 @@ def observe(
     try:
         for i, mask in enumerate(inputs.masks):
             current[0] = mask
-            run_batch(block, inputs, i)
+            waiting.update(names)
+            with suppress(_SeenAll):
+                run_batch(block, inputs, i)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _inside_experts(block: nn.Module, name: str) -> bool:
+def inside_experts(block: nn.Module, name: str) -> bool:
     """Experts drop padding themselves (see `UnfusedExperts`): their rows are tokens already."""
     parents = name.split(".")[:-1]
     return any(

@@ -15,6 +15,7 @@ ALGORITHMS: dict[str, str] = {
     "gptq": "woq.algorithms.gptq:Gptq",
     "awq": "woq.algorithms.awq:Awq",
     "teq": "woq.algorithms.teq:Teq",
+    "autoround": "woq.algorithms.autoround:AutoRound",
 }
 
 

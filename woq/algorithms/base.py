@@ -44,6 +44,11 @@ class Algorithm(ABC, Generic[ConfigT]):
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether `inputs` must also hold what the float model gives and takes: one more run of every block."""
+        return False
+
     @abstractmethod
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None

@@ -23,6 +23,7 @@ excited first and features sorted inside each, which needs no g_idx.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -36,14 +37,22 @@ from woq.algorithms.hessian import (
     SecondMoment,
     factor_with_ladder,
     fill_up_rare_experts,
+    make_up_for_drift,
     relative_error,
 )
-from woq.algorithms.rounding import Grids, Params, group_spans, round_columns
+from woq.algorithms.rounding import (
+    Grids,
+    SpanGrid,
+    best_scales,
+    descend,
+    group_spans,
+    round_columns,
+)
 from woq.algorithms.rtn import round_to_nearest
 from woq.blocks import linears, weight_of, write_back
 from woq.configs import GPTQConfig
 from woq.quant import Search
-from woq.replay import BlockInputs, input_groups, observe
+from woq.replay import BlockInputs, input_groups, inside_experts, observe
 from woq.weights import QuantizedWeight, WeightSpec
 
 # Bytes of float32 second moments held at a time; more of them cost another run of the block.
@@ -59,16 +68,23 @@ class Gptq(Algorithm[GPTQConfig]):
         super().__init__(config)
         self.search: Search = "minmax" if config.search == "minmax" else "mse"
 
+    @property
+    def needs_float_stream(self) -> bool:
+        return self.config.drift_correction > 0
+
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
     ) -> dict[str, LayerResult]:
         assert inputs is not None  # the quantize loop gives data to whoever needs it
         modules = linears(block)
         results: dict[str, LayerResult] = {}
-        for stage in self._stages(input_groups(block, list(specs), inputs)):
+        stages = self._stages(input_groups(block, list(specs), inputs))
+        # What the float model has at a later stage, a block with its first stages rounded cannot tell.
+        float_block = copy.deepcopy(block) if self.needs_float_stream and len(stages) > 1 else block
+        for stage in stages:
             fresh: dict[str, LayerResult] = {}
             for groups in _within_budget(stage, specs):
-                fresh.update(self._one_pass(block, groups, specs, inputs))
+                fresh.update(self._one_pass(block, float_block, groups, specs, inputs))
             for name, result in fresh.items():  # later stages see what earlier ones were rounded to
                 write_back(modules[name], result.weight.dequantize())
             results.update(fresh)
@@ -87,13 +103,13 @@ class Gptq(Algorithm[GPTQConfig]):
     def _one_pass(
         self,
         block: nn.Module,
+        float_block: nn.Module,
         groups: Sequence[tuple[str, ...]],
         specs: Mapping[str, WeightSpec],
         inputs: BlockInputs,
     ) -> dict[str, LayerResult]:
         modules = linears(block)
-        moments = {g[0]: SecondMoment.zeros(specs[g[0]].in_features, inputs.device) for g in groups}
-        observe(block, list(moments), inputs, lambda name, x: moments[name].add(name, x))
+        moments = gather(block, float_block, {g[0]: specs[g[0]].in_features for g in groups}, inputs)
         fill_up_rare_experts(moments, groups)
         results: dict[str, LayerResult] = {}
         for group in groups:
@@ -114,7 +130,7 @@ class Gptq(Algorithm[GPTQConfig]):
         hessian = moment.normalized()
         tall, damping, note = torch.cat(list(weights)), None, ""
         spec = replace(specs[names[0]], out_features=len(tall))
-        rounded = self._round(tall, spec, hessian) if moment.tokens + moment.borrowed else None
+        rounded = self._round(tall, spec, moment) if moment.tokens + moment.borrowed else None
         if rounded is not None and moment.borrowed:
             note = f"fewer than {FEW_TOKENS} calibration tokens reached it: filled up from the block's other experts"
         if rounded is None:
@@ -136,15 +152,17 @@ class Gptq(Algorithm[GPTQConfig]):
         return results
 
     def _round(
-        self, weight: Tensor, spec: WeightSpec, hessian: Tensor
+        self, weight: Tensor, spec: WeightSpec, moment: SecondMoment
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float] | None:
         """(codes uint8 [N, K], scales, zeros, g_idx, damping), or None where no damping makes H definite."""
         config = self.config
+        hessian = moment.normalized()
         order = self._order(hessian.diagonal(), spec.group_size)
         factored = factor_with_ladder(hessian[order][:, order], config.damp_percent)
         if factored is None:
             return None
         factor, damping = factored
+        weight = make_up_for_drift(weight, moment, factor, order, config.drift_correction)
         # What an error in feature i costs once later features have absorbed what they can: 1 / U[i,i]^2.
         importance = None
         if config.search == "activation":
@@ -156,23 +174,36 @@ class Gptq(Algorithm[GPTQConfig]):
             nearest = round_to_nearest(
                 weight, spec, self.search, None if importance is None else importance[back]
             )
-            group_of = (order // spec.group_size).tolist()
-            grids = Grids(nearest.scales.float(), nearest.zeros.float(), group_of)
-            params: Params = grids.at
+            grids = Grids(nearest.scales.float(), nearest.zeros.float(), order // spec.group_size)
+            grid: SpanGrid = grids.fixed
         else:
-            positions = torch.arange(spec.in_features) if spec.desc_act else order
-            group_of = (positions // spec.group_size).tolist()
-            grids = Grids.empty(weight.shape[0], spec.groups, group_of, weight.device)
-            params = grids.choosing(spec, self.search, importance)
+            positions = torch.arange(spec.in_features, device=order.device) if spec.desc_act else order
+            grids = Grids.empty(weight.shape[0], spec.groups, positions // spec.group_size)
+            grid = grids.choosing(spec, self.search, importance)
         spans = group_spans(spec.in_features, spec.group_size, config.block_size)
-        codes = round_columns(weight[:, order], factor, spec.bits, spans, params)[back]
+        ordered = weight[:, order]
+        codes = round_columns(ordered, factor, spec.bits, spans, grid).t()
+        codes = self._refine(ordered, codes, grids, hessian[order][:, order], spec)[:, back]
         return (
-            codes.t().to(torch.uint8).contiguous(),
+            codes.to(torch.uint8).contiguous(),
             grids.scales.to(spec.scale_dtype),
             grids.zeros.to(torch.uint8),
             (back // spec.group_size).to(torch.int32) if spec.desc_act else None,
             damping,
         )
+
+    def _refine(
+        self, weight: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, spec: WeightSpec
+    ) -> Tensor:
+        """Better codes, and in `grids` better scales, by the second moment itself: damping has done its work."""
+        hessian = hessian + torch.diag(hessian.diagonal().mean() * 1e-6 + (hessian.diagonal() == 0).float())
+        for _ in range(self.config.refine):
+            _, zero = grids.by_position()
+            grids.scales = best_scales(
+                weight, codes - zero, grids.scales, grids.group_of, hessian, spec.scale_dtype
+            )
+            codes = descend(weight, codes, *grids.by_position(), hessian, spec.bits)
+        return codes
 
     def _order(self, excitation: Tensor, group_size: int) -> Tensor:
         """int64 [K], the order of rounding: most excited first, over all features or group by group."""
@@ -188,6 +219,24 @@ class Gptq(Algorithm[GPTQConfig]):
         by_group = torch.argsort(means, descending=True, stable=True).tolist()
         inside = [torch.argsort(group, descending=True, stable=True) for group in groups]
         return torch.cat([inside[g] + g * group_size for g in by_group])
+
+
+def gather(
+    block: nn.Module, float_block: nn.Module, features: Mapping[str, int], inputs: BlockInputs
+) -> dict[str, SecondMoment]:
+    """Second moments of the inputs of the named linears, drift included where `inputs` tells of the float model.
+
+    Experts have none: the two models route different tokens to them.
+    """
+    drifting = [n for n in features if inputs.float_hidden is not None and not inside_experts(block, n)]
+    moments = {n: SecondMoment.zeros(k, inputs.device, n in drifting) for n, k in features.items()}
+    floats = inputs.in_float()
+    for i in range(len(inputs.hidden)):
+        seen: dict[str, Tensor] = {}
+        if drifting:
+            observe(float_block, drifting, floats.batches([i]), seen.__setitem__)
+        observe(block, list(features), inputs.batches([i]), lambda n, x: moments[n].add(n, x, seen.get(n)))  # noqa: B023
+    return moments
 
 
 def _within_budget(

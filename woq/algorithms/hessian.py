@@ -17,21 +17,29 @@ FEW_TOKENS = 32  # an expert that fewer reached is told what its siblings saw
 
 @dataclass
 class SecondMoment:
-    """Sum of x x' over the calibration tokens that reach one input: float32 [K, K].
+    """Sums over the calibration tokens that reach one input, float32 [K, K].
 
-    borrowed: tokens' worth of other experts' moments that `fill_up_rare_experts` added.
+    matrix: of x' x. borrowed: tokens' worth of other experts' moments that `fill_up_rare_experts` added to it.
+    drift: of x' (x_float - x), x_float being the float model's input for the same token; None where that is not known.
     """
 
     matrix: Tensor
     tokens: int = 0
     borrowed: int = 0
+    drift: Tensor | None = None
 
     @classmethod
-    def zeros(cls, features: int, device: torch.device) -> SecondMoment:
-        return cls(torch.zeros(features, features, device=device))
+    def zeros(cls, features: int, device: torch.device, drifting: bool = False) -> SecondMoment:
+        return cls(
+            torch.zeros(features, features, device=device),
+            drift=torch.zeros(features, features, device=device) if drifting else None,
+        )
 
-    def add(self, name: str, x: Tensor) -> None:
-        """Add x [tokens, K]. Raises CalibrationError naming the layer where it is not finite."""
+    def add(self, name: str, x: Tensor, float_x: Tensor | None = None) -> None:
+        """Add x [tokens, K] and, for the drift, what the float model has there.
+
+        Raises CalibrationError naming the layer where x is not finite.
+        """
         x = x.float()
         if not torch.isfinite(x).all():
             raise CalibrationError(
@@ -40,6 +48,8 @@ class SecondMoment:
                 hint="calibrate in bfloat16 or float32; look for damaged weights in the layers before",
             )
         self.matrix.addmm_(x.t(), x)
+        if self.drift is not None and float_x is not None:
+            self.drift.addmm_(x.t(), float_x.float() - x)
         self.tokens += x.shape[0]
 
     def normalized(self) -> Tensor:
@@ -73,6 +83,22 @@ def fill_up_rare_experts(
         own.matrix += own.borrowed * mean
         filled.update(dict.fromkeys(group, len(alike)))
     return filled
+
+
+def make_up_for_drift(
+    weight: Tensor, moment: SecondMoment, factor: Tensor, order: Tensor, share: float
+) -> Tensor:
+    """The weight [N, K] that makes of the quantized model's inputs what `weight` makes of the float model's.
+
+    In least squares that is W + W (X_q' (X - X_q))' (X_q' X_q)^-1, here with `share` of the correction (GPTAQ, Li et
+    al. 2025, https://arxiv.org/abs/2504.02692, and Qronos, Zhang et al. 2025, https://arxiv.org/abs/2505.11695, take
+    it whole). factor: U with U'U = H^-1 in `order`.
+    """
+    if moment.drift is None or share == 0:
+        return weight
+    back = torch.argsort(order)
+    moved = (weight @ (moment.drift.t() / moment.tokens))[:, order]
+    return weight + share * (moved @ factor.t() @ factor)[:, back]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:

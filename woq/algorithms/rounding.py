@@ -1,6 +1,8 @@
 """Rounding a weight feature by feature with error feedback, and the grids that features are rounded on.
 
-The order of features is the caller's: everything here is in rounding order, "position" counts in it.
+The order of features is the caller's: everything here is in rounding order, "position" counts in it. A span is a run
+of positions inside one group; spans go one after the other, and inside a span every output row is independent of the
+others, so that a GPU rounds a span in one kernel (`rounding_triton.py`).
 """
 
 from __future__ import annotations
@@ -11,52 +13,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from woq.quant import Search, dequantize, group_params, quantize
+from woq.quant import Search, dequantize, group_params, quantize, storable_scale
 from woq.weights import WeightSpec
 
-# (position, float32 [K, N]: the weights, corrected for all errors made so far from that position's span on)
-# -> scale, zero, each [N]
-Params = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+# (start, end, float32 [K, N]: the weights, corrected for all errors made so far from the span's start on)
+# -> scale, zero: [1, N] for the whole span, or [end - start, N]
+SpanGrid = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+
+
+_RIDGE = 0.01  # of a scale's own curvature, against fitting noise
 
 
 @dataclass
 class Grids:
-    """Scales and zero points, float32 [N, G], and the group of each position."""
+    """Scales and zero points, float32 [N, G], and the group of each position, int64 [K]."""
 
     scales: Tensor
     zeros: Tensor
-    group_of: list[int]
+    group_of: Tensor
 
     @classmethod
-    def empty(cls, rows: int, groups: int, group_of: list[int], device: torch.device) -> Grids:
+    def empty(cls, rows: int, groups: int, group_of: Tensor) -> Grids:
         """Grids still to be chosen."""
-        return cls(
-            torch.empty(rows, groups, device=device), torch.empty(rows, groups, device=device), group_of
-        )
+        blank = torch.empty(rows, groups, device=group_of.device)
+        return cls(blank, blank.clone(), group_of)
 
-    def at(self, position: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid of one position."""
-        group = self.group_of[position]
-        return self.scales[:, group], self.zeros[:, group]
+    def fixed(self, start: int, end: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A `SpanGrid` of grids chosen before: each position has its own group."""
+        groups = self.group_of[start:end]
+        return self.scales[:, groups].t().contiguous(), self.zeros[:, groups].t().contiguous()
 
-    def choosing(self, spec: WeightSpec, search: Search, importance: Tensor | None) -> Params:
-        """Choose each group's grid when its first feature comes up, from the weights as corrected by then.
+    def choosing(self, spec: WeightSpec, search: Search, importance: Tensor | None) -> SpanGrid:
+        """A `SpanGrid` that chooses a group's grid when its first feature comes up, from the weights as corrected by
+        then. Positions of one group follow each other.
 
         importance: float32 [K], what an error at each position costs, or None for all the same.
         """
+        group = 0
 
-        def params(position: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            if position % spec.group_size == 0:
-                members = slice(position, min(position + spec.group_size, spec.in_features))
+        def grid(start: int, _end: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal group
+            if start % spec.group_size == 0:
+                members = slice(start, min(start + spec.group_size, spec.in_features))
                 costs = None if importance is None else importance[members]
                 scale, zero = group_params(
                     rows[members].t(), spec.bits, spec.sym, spec.scale_dtype, search, costs
                 )
-                group = self.group_of[position]
+                group = int(self.group_of[start])
                 self.scales[:, group], self.zeros[:, group] = scale, zero
-            return self.at(position, rows)
+            return self.scales[None, :, group].contiguous(), self.zeros[None, :, group].contiguous()
 
-        return params
+        return grid
+
+    def by_position(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight, [N, K] in rounding order."""
+        return self.scales[:, self.group_of], self.zeros[:, self.group_of]
 
 
 def group_spans(features: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -68,25 +79,97 @@ def group_spans(features: int, group_size: int, block_size: int) -> Iterator[tup
 
 
 def round_columns(
-    weight: Tensor, factor: Tensor, bits: int, spans: Iterable[tuple[int, int]], params: Params
+    weight: Tensor, factor: Tensor, bits: int, spans: Iterable[tuple[int, int]], grid: SpanGrid
 ) -> Tensor:
     """Codes, as float32 integers [K, N] (transposed: a feature's codes in a row).
 
     weight: float32 [N, K] in the order of rounding. factor: float32 [K, K], the upper U with U'U = H^-1 in that order.
-    Inside a span a feature gathers the corrections of the span's earlier features when its turn comes; whatever lies
-    behind the span is corrected by one matrix product when the span is done.
+    Whatever lies behind a span is corrected by one matrix product when the span is done.
     """
     rows = weight.t().contiguous()
     codes = torch.empty_like(rows)
+    round_span = _span_rounder(rows.device)
     for start, end in spans:
-        u = factor[start:end, start:end]
-        pivots = u.diagonal().tolist()
-        errors = rows.new_zeros(end - start, rows.shape[1])
-        for j in range(end - start):
-            i = start + j
-            scale, zero = params(i, rows)
-            w = torch.addmv(rows[i], errors[:j].t(), u[:j, j], alpha=-1) if j else rows[i]
-            codes[i] = quantize(w, scale, zero, bits)
-            errors[j] = (w - dequantize(codes[i], scale, zero)) / pivots[j]
+        scale, zero = grid(start, end, rows)
+        codes[start:end], errors = round_span(
+            rows[start:end], factor[start:end, start:end].contiguous(), scale, zero, bits
+        )
         rows[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return codes
+
+
+def _span_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    if device.type == "cpu":
+        return round_span
+    from woq.algorithms.rounding_triton import round_span as in_one_kernel
+
+    return in_one_kernel
+
+
+def round_span(
+    rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors, float32 [S, N], of one span: rows [S, N], u [S, S], scale and zero [S or 1, N].
+
+        target[j] = rows[j] - sum_{i<j} u[i, j] error[i]        code[j] = the nearest to target[j]
+        error[j] = (start[j] - its value) / u[j, j]             start is the target itself where None
+
+    The loop looks left: a feature gathers the corrections of the span's earlier features when its turn comes, one
+    matrix-vector product instead of a rank-one update of everything to its right.
+    """
+    pivots = u.diagonal().tolist()
+    scales, zeros = scale.expand_as(rows), zero.expand_as(rows)
+    codes, errors = torch.empty_like(rows), torch.zeros_like(rows)
+    for j in range(len(rows)):
+        target = torch.addmv(rows[j], errors[:j].t(), u[:j, j], alpha=-1) if j else rows[j]
+        codes[j] = quantize(target, scales[j], zeros[j], bits)
+        value = dequantize(codes[j], scales[j], zeros[j])
+        errors[j] = ((target if start is None else start[j]) - value) / pivots[j]
+    return codes, errors
+
+
+def descend(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, bits: int, span: int = 128
+) -> Tensor:
+    """One sweep of coordinate descent on tr(D H D'), D = W_q - W, over codes [N, K]; never raises it.
+
+    Each feature in turn takes the code that is best with all others as they stand (QuantEase, Behdin et al. 2023,
+    https://arxiv.org/abs/2309.01885). weight, codes, scale, zero: [N, K]. hessian: [K, K], positive diagonal.
+    """
+    value = dequantize(codes, scale, zero)
+    slope = ((value - weight) @ hessian).t().contiguous()  # half the gradient, [K, N]
+    value, scales, zeros = (t.t().contiguous() for t in (value, scale, zero))
+    result = torch.empty_like(slope)
+    rounded = _span_rounder(slope.device)
+    for start in range(0, len(slope), span):
+        here = slice(start, min(start + span, len(slope)))
+        pivots = hessian.diagonal()[here]
+        pull = hessian[here, here] / pivots  # what a move of feature i does to the best place of feature j
+        pull.fill_diagonal_(-1.0)
+        best = value[here] - slope[here] / pivots.unsqueeze(1)
+        result[here], moves = rounded(best, pull, scales[here], zeros[here], bits, value[here])
+        slope.addmm_(hessian[:, here], moves)
+    return result.t()
+
+
+def best_scales(
+    weight: Tensor, levels: Tensor, scales: Tensor, group_of: Tensor, hessian: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The scales [N, G] that minimise tr(D H D') with the codes frozen, rounded to `dtype`.
+
+    A row's output is linear in its scales, so these are the normal equations of each row, [G, G], with a ridge towards
+    the scales one has. weight, levels = code - zero: [N, K]. group_of: int64 [K]. A scale that would change its sign or
+    by more than half is kept.
+    """
+    groups = scales.shape[1]
+    member = torch.nn.functional.one_hot(group_of, groups).float()  # [K, G]
+    right = (weight @ hessian * levels) @ member
+    normal = torch.empty(len(weight), groups, groups, device=weight.device)
+    for g in range(groups):
+        columns = (group_of == g).nonzero().flatten()
+        normal[:, g] = (levels[:, columns] @ hessian[columns] * levels) @ member
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    ridge = _RIDGE * diagonal + 1e-6 * diagonal.mean(1, keepdim=True) + 1e-20
+    solved = torch.linalg.solve(normal + torch.diag_embed(ridge), right + ridge * scales)
+    sound = ((solved / scales) - 1).abs() < 0.5  # false for NaN too
+    return storable_scale(torch.where(sound, solved, scales), dtype)

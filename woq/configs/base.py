@@ -287,8 +287,14 @@ class CalibratedConfig(QuantConfig):
     """One text a sample, padded to seq_len and masked out of every statistic. False packs texts end to end."""
     pad_token_id: int | None = Field(None, ge=0, strict=True)
     """What to pad with; None: the tokenizer's."""
-    true_sequential: bool = False
-    """Inside a block, quantize group after group of linears, each on the outputs of those already quantized."""
+    true_sequential: bool = Field(default_factory=lambda data: data.get("quant_method") == "gptq")
+    """Inside a block, quantize group after group of linears, each on the outputs of those already quantized; what GPTQ
+    does unless told otherwise."""
+    distill_iters: int = Field(0, ge=0, strict=True)
+    """Steps of tuning scales and norms end to end against the float model's predictions, once all blocks are quantized;
+    0: none. The whole model must be in memory."""
+    distill_lr: float = Field(1e-3, gt=0)
+    """Learning rate of that, relative to a scale."""
 
     @field_serializer("dataset", "tokenizer")
     def _only_names(self, value: Any) -> str | None:

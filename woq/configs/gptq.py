@@ -49,6 +49,10 @@ class GPTQConfig(CalibratedConfig):
     search: Literal["minmax", "mse", "activation"] = "activation"
     """Scale and zero of a group: the whole range, least squared weight error, or that weighted by the Hessian's
     diagonal."""
+    drift_correction: float = Field(0.75, ge=0, le=1)
+    """Share of what the linears before have done to a linear's inputs that it makes up for; 0 is the paper's GPTQ."""
+    refine: int = Field(2, ge=0, strict=True)
+    """After rounding: times to solve for the best scales with the codes frozen, then sweep the codes once more."""
 
     @model_validator(mode="after")
     def _one_order(self) -> Self:

@@ -1,0 +1,234 @@
+"""AutoRound: rounding and ranges of a whole block trained together, on the block's output.
+
+Cheng et al. 2023, https://arxiv.org/abs/2309.05516 (SignRound). `iters` steps of signed gradient descent, or Adam, on
+||block_q(x_q) - target||^2 move every weight's rounding offset and both ends of every group's range (`tunable.py`).
+x_q is what the quantized blocks before hand on; the target lies between what the float block makes of that and what the
+float model has there. The best state by held-out samples is kept, the start among them.
+
+Differences from the paper: the start is GPTQ's rounding, the optimizer Adam, the target not all of the way to the
+float model's; each is a setting, and docs/algorithms.md has what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from woq.algorithms.base import Algorithm, LayerResult, float_weight
+from woq.algorithms.gptq import Gptq
+from woq.algorithms.rtn import Rtn
+from woq.algorithms.tunable import Tunable
+from woq.blocks import Linear, linears, weight_of, write_back
+from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
+from woq.replay import BlockCall, BlockInputs, forward_batch
+from woq.weights import WeightSpec
+
+_PATH = 0.5  # how far, in codes, an offset can travel in a whole run at the default learning rate
+_CHECKS = 8  # times in a run that the held-out error is looked at
+_HELD_OUT = 16  # one batch in so many is held out
+
+
+class AutoRound(Algorithm[AutoRoundConfig]):
+    """See the module's head."""
+
+    needs_data: ClassVar[bool] = True
+
+    def __init__(self, config: AutoRoundConfig) -> None:
+        super().__init__(config)
+        self.starter: Algorithm[Any] = Gptq(GPTQConfig()) if config.init == "gptq" else Rtn(RtnConfig())
+
+    @property
+    def needs_float_stream(self) -> bool:
+        """Targets come from the float model."""
+        return True
+
+    def quantize_block(
+        self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
+    ) -> dict[str, LayerResult]:
+        assert inputs is not None  # the quantize loop gives data to whoever needs it
+        modules = linears(block)
+        weights = {name: float_weight(name, weight_of(modules[name])).clone() for name in specs}
+        targets = self._targets(block, inputs)
+        training, held_out = _split(len(targets))
+        begun = self.starter.quantize_block(block, specs, inputs.batches(training))
+        tunables = [
+            Tunable.start({n: weights[n] for n in names}, {n: begun[n].weight for n in names})
+            for names in _alike(specs)
+        ]
+        given = inputs if self.config.enable_quanted_input else inputs.in_float()
+        tuning = Tuning(block, modules, tunables, given, targets, training, held_out)
+        before, after = self._train(tuning)
+        note = f"block error {before:.3g} -> {after:.3g}"
+        results = {}
+        for tunable in tunables:
+            for name, quantized in tunable.quantized().items():
+                write_back(modules[name], quantized.dequantize())
+                start = begun[name]
+                results[name] = LayerResult(
+                    quantized, after, start.tokens, start.damping, f"{start.note}; {note}".lstrip("; ")
+                )
+        return {name: results[name] for name in specs}
+
+    def _targets(self, block: nn.Module, inputs: BlockInputs) -> list[Tensor]:
+        """What the block's outputs are to be, [B, L, H] a batch, where the inputs are."""
+        share = self.config.drift_correction if inputs.float_outputs is not None else 0.0
+        targets = []
+        for i, hidden in enumerate(inputs.hidden):
+            if share == 1.0 and inputs.float_outputs is not None:
+                targets.append(inputs.float_outputs[i])
+                continue
+            with torch.no_grad():
+                target = forward_batch(block, inputs, i)
+            if share and inputs.float_outputs is not None:
+                target = torch.lerp(target, inputs.float_outputs[i].to(target.device), share)
+            targets.append(target.to(hidden.device))
+        return targets
+
+    def _train(self, tuning: Tuning) -> tuple[float, float]:
+        """Held-out error before and after, relative to the target; the tunables are left in their best state."""
+        config = self.config
+        steps = max(config.iters, 1)
+        lr = config.lr or 2 * _PATH / steps
+        groups = [{"params": tuning.offsets, "lr": lr}]
+        if config.enable_minmax_tuning:
+            groups.append({"params": tuning.ends, "lr": config.minmax_lr or lr})
+        optimizer = _OPTIMIZERS[config.optimizer](groups)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        batches = tuning.training_batches(config.seed)
+        before = best = tuning.held_out_error()
+        kept = tuning.state()
+        for step in range(config.iters):
+            optimizer.zero_grad()
+            for _ in range(config.gradient_accumulate_steps):
+                tuning.loss(next(batches)).backward()
+            optimizer.step()
+            falling.step()
+            tuning.clamp()
+            if (step + 1) % max(steps // _CHECKS, 1) == 0 or step + 1 == config.iters:
+                error = tuning.held_out_error()
+                if error < best:
+                    best, kept = error, tuning.state()
+        tuning.restore(kept)
+        return before, best
+
+
+class Tuning:
+    """A block whose linears' weights are being trained: its loss, what is trained, and what is held out."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        modules: Mapping[str, Linear],
+        tunables: Sequence[Tunable],
+        inputs: BlockInputs,
+        targets: Sequence[Tensor],
+        training: Sequence[int],
+        held_out: Sequence[int],
+    ) -> None:
+        self.block, self.modules, self.tunables = block, modules, tunables
+        self.inputs, self.targets = inputs, targets
+        self.training, self.held_out = training, held_out
+        power = [self._counted(i, target).float().square().mean() for i, target in enumerate(targets)]
+        self.power = float(torch.stack(power).mean()) or 1.0
+
+    @property
+    def offsets(self) -> list[Tensor]:
+        """The rounding offsets."""
+        return [tunable.offset for tunable in self.tunables]
+
+    @property
+    def ends(self) -> list[Tensor]:
+        """The factors of the ranges' ends."""
+        return [end for tunable in self.tunables for end in tunable.ends]
+
+    def training_batches(self, seed: int) -> Iterator[int]:
+        """Indices of batches without end, each epoch in another order."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for i in torch.randperm(len(self.training), generator=generator).tolist():
+                yield self.training[i]
+
+    def loss(self, i: int) -> Tensor:
+        """Mean squared error of the block's output on batch `i`, padding left out, relative to the mean target."""
+        output = forward_batch(self.block, self.inputs, i, self._call)
+        difference = output - self.targets[i].to(output.device)
+        return self._counted(i, difference).float().square().mean() / self.power
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """The loss on what is not trained on."""
+        return float(torch.stack([self.loss(i) for i in self.held_out]).mean())
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep every weight within a code of where it began and every range within a half of what it was."""
+        for offset in self.offsets:
+            offset.clamp_(-_PATH, _PATH)
+        for end in self.ends:
+            end.clamp_(0.5, 1.5)
+
+    def state(self) -> list[Tensor]:
+        """A copy of all that is trained."""
+        return [p.detach().clone() for p in (*self.offsets, *self.ends)]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Back to what `state()` gave."""
+        for parameter, value in zip((*self.offsets, *self.ends), state, strict=True):
+            parameter.copy_(value)
+
+    def _counted(self, i: int, x: Tensor) -> Tensor:
+        mask = self.inputs.masks[i]
+        return x if mask is None else x[mask.to(x.device)]
+
+    def _call(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
+        """Run the block with the tunables' weights in place of its own."""
+        weights = {}
+        for tunable in self.tunables:
+            for name, weight in tunable.weights().items():
+                module = self.modules[name]
+                weight = weight.to(module.weight.dtype)
+                key = f"{name}.weight".lstrip(".")
+                weights[key] = weight.t() if isinstance(module, Conv1D) else weight
+        if call.hidden_by_keyword:
+            return functional_call(block, weights, (), {"hidden_states": hidden, **call.kwargs})
+        return functional_call(block, weights, (hidden, *call.args), call.kwargs)
+
+
+class _SignSgd(torch.optim.Optimizer):
+    """Steps of a fixed length against the gradient's sign."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+def _adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+
+_OPTIMIZERS = {"signsgd": _SignSgd, "adam": _adam}
+
+
+def _split(batches: int) -> tuple[list[int], list[int]]:
+    """Which batches are trained on and which are held out, from the start too: it would look too good on what it saw."""
+    held_out = list(range(0, batches, _HELD_OUT)) if batches > 1 else [0]
+    return [i for i in range(batches) if i not in held_out] or [0], held_out
+
+
+def _alike(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
+    """Linears whose groups can stand in one matrix."""
+    parts: dict[tuple[object, ...], list[str]] = {}
+    for name, spec in specs.items():
+        parts.setdefault((spec.group_size, spec.sym, spec.scale_dtype), []).append(name)
+    return list(parts.values())
