@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import platform
 import subprocess
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 CHOICES = {**METHODS, **ABLATION}
 COLUMNS = (
     "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",
-    "perplexity", "kl", "top1", "seconds",
+    "seed", "perplexity", "kl", "top1", "seconds",
 )  # fmt: skip
 
 
@@ -154,29 +156,58 @@ def main() -> None:
         "windows": len(test),
         "group_size": GROUP[options.model],
     }
-    plain = perplexity(model, test, batch_size=16).value
-    rows = [{**same, "method": "float", "perplexity": round(plain, 4)}]
-    print(f"{'float':12s} ppl {plain:.4f}", flush=True)
-    for bits in options.bits:
-        for method in options.methods:
-            for sym in (True, False):
-                settings = {
-                    **CHOICES[method], "bits": bits, "sym": sym, "group_size": GROUP[options.model], "seq_len": calib.shape[1],
-                }  # fmt: skip
-                if settings["quant_method"] == "rtn":
-                    del settings["seq_len"]
-                row = measure(model, config_from_dict(settings), calib, test, options.device)
-                rows.append({**same, "method": method, "sym": sym, "bits": bits, **row})
-                told = "sym " if sym else "asym"
-                print(
-                    f"{method:12s} {told} W{bits} ppl {row['perplexity']:.4f} KL {row['kl']:.5f} {row['seconds']} s",
-                    flush=True,
-                )
     out = options.out or Path(__file__).parent / "results" / f"quality-{options.model}.csv"
+    rows = []
     with out.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+
+        def add(told: str, row: dict[str, Any]) -> None:
+            writer.writerow({**same, **row})
+            handle.flush()  # a run takes hours: what is measured stays
+            rows.append({**same, **row})
+            print(told, {k: row[k] for k in ("perplexity", "kl", "seconds") if k in row}, flush=True)
+
+        plain = perplexity(model, test, batch_size=16).value
+        add("float", {"method": "float", "perplexity": round(plain, 4)})
+        for told, labels, config in settings_of(options, calib.shape[1]):
+            add(told, {**labels, **measure(model, config, calib, test, options.device)})
+    plot(rows, out.with_suffix(".png"))
+
+
+def settings_of(
+    options: argparse.Namespace, seq_len: int
+) -> Iterator[tuple[str, dict[str, Any], QuantConfig]]:
+    """Every row to measure: what to print of it, its labels in the CSV, its config."""
+    for bits, method, kind in itertools.product(options.bits, options.methods, options.sym):
+        settings = {**CHOICES[method], "bits": bits, "sym": kind == "sym", "group_size": GROUP[options.model]}
+        labels = {"method": method, "sym": kind == "sym", "bits": bits}
+        if settings["quant_method"] == "rtn":
+            yield f"{method} {kind} W{bits}", labels, config_from_dict(settings)
+            continue
+        drawn = settings["quant_method"] in ("autoround", "teq") or "distill_iters" in settings
+        for seed in options.seeds if drawn else options.seeds[:1]:
+            config = config_from_dict({**settings, "seq_len": seq_len, "seed": seed})
+            yield f"{method} {kind} W{bits} seed {seed}", {**labels, "seed": seed}, config
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """KL divergence by width, a line a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        if "kl" in row:
+            label = f"{row['method']} {'sym' if row['sym'] else 'asym'}"
+            lines.setdefault(label, []).append((str(row["bits"]), float(row["kl"])))
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(yscale="log", xlabel="bits", ylabel="KL(float || quantized), nats a token")
+    axes.set_title(f"{rows[0]['model']}, group {rows[0]['group_size']}, {rows[0]['windows']} test windows")
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
