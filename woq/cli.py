@@ -214,6 +214,33 @@ def convert(
     print_conversion(done, weight_bytes(folder), weight_bytes(target))
 
 
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+export = typer.Typer(no_args_is_help=True, help="Write a model for another runtime.")
+app.add_typer(export, name="export")
+
+
+@export.callback()
+def _export() -> None:
+    """Write a model for another runtime."""
+
+
+@export.command()
+def onnx(
+    source: FolderOrId,
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target when all is done.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """SOURCE, quantized or float, as an ONNX decoder with a key-value cache for ONNX Runtime."""
+    from woq.export.onnx import export_onnx
+
+    error = export_onnx(source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    checked = f"off by {error:.1e} of their norm, run in ONNX Runtime"
+    print_facts(str(target), [("weights", f"{weight_bytes(target) / 1e6:.1f} MB"), ("logits", checked)])
+
+
 # --- eval, doctor, demo ------------------------------------------------------------------------------------------
 
 

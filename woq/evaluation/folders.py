@@ -43,8 +43,7 @@ def evaluate_folder(
     """
     folder = resolve_folder(path, {})
     windows = load_windows(folder, request, options.get("trust_remote_code", False))
-    with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, backend=backend, **options)
+    model = _model(folder, backend, options)
     result: dict[str, Any] = {
         "model": str(path),
         "windows": f"{len(windows)} x {windows.shape[1]} tokens",
@@ -67,6 +66,18 @@ def evaluate_folder(
         "KL_divergence": round(found.kl, 5),
         "top-1_agreement": round(found.top1_agreement, 4),
     }
+
+
+def _model(folder: Path, backend: str, options: dict[str, Any]) -> Any:
+    """The model in `folder`, or the one that `woq export onnx` put there, in ONNX Runtime on the CPU."""
+    if (folder / "model.onnx").exists():
+        from woq.export.runtime import OnnxCausalLM
+
+        if backend != "auto" or options.get("device_map", "auto") not in ("auto", "cpu", None):
+            raise ConfigError(f"{folder} is an ONNX model: it runs in ONNX Runtime on the CPU")
+        return OnnxCausalLM(folder)
+    with quiet_bars():
+        return AutoModelForCausalLM.from_pretrained(folder, backend=backend, **options)
 
 
 def load_windows(folder: Path, request: Request, trust_remote_code: bool = False) -> Tensor:

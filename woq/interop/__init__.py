@@ -43,6 +43,7 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
+    "onnx": Target(exporter="woq.export.onnx:exporter"),
     "gptq": Target(writer="woq.interop.gptq:v1"),
     "gptq_v2": Target(writer="woq.interop.gptq:v2"),
     "awq": Target(writer="woq.interop.awq:AwqWriter"),

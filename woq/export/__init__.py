@@ -1,0 +1,1 @@
+"""Leaving transformers: whole models in formats that other runtimes execute."""
