@@ -140,9 +140,9 @@ def _additive(allowed: Tensor) -> Tensor:
 class _HalfEmbedding(nn.Module):
     """An embedding whose table is stored in half precision."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).float()
@@ -151,10 +151,9 @@ class _HalfEmbedding(nn.Module):
 class _HalfLinear(nn.Module):
     """A linear whose weight is stored in half precision."""
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
+        self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.float(), self.bias)
@@ -164,7 +163,7 @@ def _prepare(model: Any) -> None:
     """Put in place, for each module with a large weight, what the exporter is to see."""
     from woq.moe import UnfusedExperts, is_fused_experts
 
-    halves: dict[int, Tensor] = {}  # by the float weight: what is tied stays one tensor
+    halves: dict[int, nn.Parameter] = {}  # by the float weight: what is tied stays one tensor
     for name, module in list(model.named_modules()):
         if isinstance(module, UnfusedExperts) or is_fused_experts(module):
             raise CheckpointError(f"{name!r} routes tokens to experts: that cannot be exported to ONNX")
@@ -178,12 +177,12 @@ def _prepare(model: Any) -> None:
             model.set_submodule(name, stored)
 
 
-def _half(weight: Tensor) -> Tensor:
+def _half(weight: Tensor) -> nn.Parameter:
     """`weight` in the first half precision that holds it exactly, else as it is."""
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            return weight.to(dtype)
-    return weight
+            return nn.Parameter(weight.to(dtype), requires_grad=False)
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def _trace(model: Any) -> Any:
@@ -217,9 +216,25 @@ def _trace(model: Any) -> Any:
             ],
             output_names=["logits", *(f"present.{n}" for n in names)],
         )
-    for node in program.model.graph:  # every node's Python stack: megabytes that nobody reads
-        node.metadata_props.clear()
+    _tidy(program.model.graph)
     return program
+
+
+def _tidy(graph: Any) -> None:
+    """One copy of what is tied, and no Python stack beside every node: megabytes that nobody reads."""
+    from onnx_ir.convenience import replace_all_uses_with
+
+    for node in graph:
+        node.metadata_props.clear()
+    seen: dict[int, Any] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = getattr(value.const_value, "raw", None)
+        if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+            continue
+        first = seen.setdefault(tensor.data_ptr(), value)
+        if first is not value and first.shape == value.shape and first.dtype == value.dtype:
+            replace_all_uses_with(value, first)
+            del graph.initializers[name]
 
 
 def _cache_of(model: Any) -> list[tuple[Tensor, Tensor]]:
