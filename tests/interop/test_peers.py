@@ -127,6 +127,15 @@ def test_auto_round_reads_ours(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(tmp_path / "out")["logits"], logits(expected), rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize(("to", "sym"), [("gptq", True), ("gptq_v2", False)])
+def test_gptqmodel_reads_ours(to: str, sym: bool, tmp_path: Path) -> None:
+    """Through transformers and optimum, in the dtype of its own kernel."""
+    need("gptqmodel")
+    expected = converted(tmp_path, to, bits=4, sym=sym)
+    run(PEERS, "tests.interop.peers", "through_transformers", tmp_path / "out", tmp_path / "folder")
+    torch.testing.assert_close(load_file(tmp_path / "out")["logits"], logits(expected), rtol=0.01, atol=0.05)
+
+
 @pytest.fixture(scope="module")
 def stories(stories15m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with stories15M in GPTQ, compressed-tensors and GGUF form, and prompts."""
