@@ -35,7 +35,7 @@ from woq.progress import Progress
 from woq.replay import BlockInputs, advance
 from woq.report import LayerReport, Report
 from woq.saving import describe as describe_model
-from woq.saving import dtype_of
+from woq.saving import dtype_of, identity, packed_state, settle_floats
 from woq.weights import PackedWeight, WeightSpec
 from woq.writer import FolderWriter
 
@@ -131,7 +131,7 @@ class _Run:
             self._choose_bits()
         if self.writer is not None:
             data = fingerprint(self.batches) if self.batches else "none"
-            made = {"config": self.config.to_dict(), "data": data, "model": _identity(self.model)}
+            made = {"config": self.config.to_dict(), "data": data, "model": identity(self.model)}
             self.writer.begin({**made, "device": self.device.type})
         self.report.seconds += time.perf_counter() - started
 
@@ -283,7 +283,7 @@ class _Run:
             with _naming(name):
                 results = self.algorithm.quantize_block(block, specs, self.inputs)
             packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
-            _settle(block, packed, self._dtype())
+            settle_floats(block, packed, self._dtype())
             seconds = (time.perf_counter() - started) / max(len(results), 1)
             reports = [_layer_report(f"{name}.{n}".rstrip("."), r, seconds) for n, r in results.items()]
             if self.writer is not None:
@@ -365,38 +365,3 @@ def _layer_report(name: str, result: LayerResult, seconds: float) -> LayerReport
         seconds=round(seconds, 4),
         note=result.note,
     )
-
-
-def packed_state(
-    block: nn.Module, prefix: str, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """A block's tensors by full name as they stand in a checkpoint: packed where quantized, else floats in `dtype`."""
-    state: dict[str, Tensor] = {}
-    for key, value in block.state_dict().items():
-        layer, _, part = key.rpartition(".")
-        if layer in packed and part == "weight":
-            for own, tensor in packed[layer].tensors().items():
-                state[".".join(filter(None, (prefix, layer, own)))] = tensor
-        else:
-            state[f"{prefix}.{key}"] = value.to(dtype) if dtype and value.is_floating_point() else value
-    return state
-
-
-def _settle(block: nn.Module, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None) -> None:
-    """Round what stays float (a fold may have changed it) to what `packed_state` stores: the next block and a resumed
-    run see the same."""
-    for key, parameter in block.named_parameters():
-        layer, _, part = key.rpartition(".")
-        if dtype and parameter.is_floating_point() and not (layer in packed and part == "weight"):
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-
-
-def _identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another in a resume manifest, and what it is computed in."""
-    config = getattr(model, "config", None)
-    return {
-        "class": type(model).__name__,
-        "name": getattr(config, "_name_or_path", ""),
-        "dtype": str(dtype_of(model)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }

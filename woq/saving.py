@@ -20,6 +20,7 @@ from woq.head import output_head, shares_embeddings
 from woq.linear import QuantLinear
 from woq.moe import UnfusedExperts
 from woq.report import Report
+from woq.weights import PackedWeight
 from woq.writer import SHARD_BYTES, FolderWriter, explaining, write_json
 
 REPORT, LAYERS = "quantization_report.json", "quantization_layers.csv"
@@ -158,3 +159,38 @@ def _state(model: Any) -> Mapping[str, Tensor]:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of the model's float parameters."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def packed_state(
+    block: nn.Module, prefix: str, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """A block's tensors by full name as they stand in a checkpoint: packed where quantized, else floats in `dtype`."""
+    state: dict[str, Tensor] = {}
+    for key, value in block.state_dict().items():
+        layer, _, part = key.rpartition(".")
+        if layer in packed and part == "weight":
+            for own, tensor in packed[layer].tensors().items():
+                state[".".join(filter(None, (prefix, layer, own)))] = tensor
+        else:
+            state[f"{prefix}.{key}"] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return state
+
+
+def settle_floats(block: nn.Module, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None) -> None:
+    """Round what stays float (a fold may have changed it) to what `packed_state` stores: the next block and a resumed
+    run see the same."""
+    for key, parameter in block.named_parameters():
+        layer, _, part = key.rpartition(".")
+        if dtype and parameter.is_floating_point() and not (layer in packed and part == "weight"):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """What tells one model from another in a resume manifest, and what it is computed in."""
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "_name_or_path", ""),
+        "dtype": str(dtype_of(model)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -201,7 +201,7 @@ def test_linears_left_in_float_are_scaled_along() -> None:
 def test_statistics_in_several_runs_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for budget in (4 << 30, 1):
-        monkeypatch.setattr("woq.algorithms.scaling._MOMENT_BYTES", budget)
+        monkeypatch.setattr("woq.algorithms.stages.MOMENT_BYTES", budget)
         block, inputs = block_and_inputs()
         results.append(run(block, inputs, bits=4))
     for name in results[0]:

@@ -12,6 +12,7 @@ float model's; each is a setting, and docs/algorithms.md has what each is worth.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.algorithms.gptq import Gptq
 from woq.algorithms.rtn import Rtn
-from woq.algorithms.tunable import Tunable
+from woq.algorithms.tunable import FakeQuantize, Tunable, fake_quantize, plain_fake_quantize
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
 from woq.replay import BlockCall, BlockInputs, forward_batch
@@ -40,6 +41,7 @@ class AutoRound(Algorithm[AutoRoundConfig]):
 
     def __init__(self, config: AutoRoundConfig) -> None:
         super().__init__(config)
+        self.quantizer = torch.compile(plain_fake_quantize) if config.compile else fake_quantize
         self.starter: Algorithm[Any] = Gptq(GPTQConfig()) if config.init == "gptq" else Rtn(RtnConfig())
 
     @property
@@ -61,7 +63,7 @@ class AutoRound(Algorithm[AutoRoundConfig]):
             for names in _alike(specs)
         ]
         given = inputs if self.config.enable_quanted_input else inputs.in_float()
-        tuning = Tuning(block, modules, tunables, given, targets, training, held_out)
+        tuning = Tuning(block, modules, tunables, self.quantizer, given, targets, training, held_out)
         before, after = self._train(tuning)
         note = f"block error {before:.3g} -> {after:.3g}"
         results = {}
@@ -117,23 +119,21 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         return before, best
 
 
+@dataclass(eq=False)
 class Tuning:
     """A block whose linears' weights are being trained: its loss, what is trained, and what is held out."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        modules: Mapping[str, Linear],
-        tunables: Sequence[Tunable],
-        inputs: BlockInputs,
-        targets: Sequence[Tensor],
-        training: Sequence[int],
-        held_out: Sequence[int],
-    ) -> None:
-        self.block, self.modules, self.tunables = block, modules, tunables
-        self.inputs, self.targets = inputs, targets
-        self.training, self.held_out = training, held_out
-        power = [self._counted(i, target).float().square().mean() for i, target in enumerate(targets)]
+    block: nn.Module
+    modules: Mapping[str, Linear]
+    tunables: Sequence[Tunable]
+    quantizer: FakeQuantize
+    inputs: BlockInputs
+    targets: Sequence[Tensor]
+    training: Sequence[int]
+    held_out: Sequence[int]
+
+    def __post_init__(self) -> None:
+        power = [self._counted(i, target).float().square().mean() for i, target in enumerate(self.targets)]
         self.power = float(torch.stack(power).mean()) or 1.0
 
     @property
@@ -190,7 +190,7 @@ class Tuning:
         """Run the block with the tunables' weights in place of its own."""
         weights = {}
         for tunable in self.tunables:
-            for name, weight in tunable.weights().items():
+            for name, weight in tunable.weights(self.quantizer).items():
                 module = self.modules[name]
                 weight = weight.to(module.weight.dtype)
                 key = f"{name}.weight".lstrip(".")

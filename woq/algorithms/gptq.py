@@ -49,14 +49,12 @@ from woq.algorithms.rounding import (
     round_columns,
 )
 from woq.algorithms.rtn import round_to_nearest
+from woq.algorithms.stages import stages, within_budget
 from woq.blocks import linears, weight_of, write_back
 from woq.configs import GPTQConfig
 from woq.quant import Search
 from woq.replay import BlockInputs, input_groups, inside_experts, observe
 from woq.weights import QuantizedWeight, WeightSpec
-
-# Bytes of float32 second moments held at a time; more of them cost another run of the block.
-_MOMENT_BYTES = 4 << 30
 
 
 class Gptq(Algorithm[GPTQConfig]):
@@ -78,27 +76,17 @@ class Gptq(Algorithm[GPTQConfig]):
         assert inputs is not None  # the quantize loop gives data to whoever needs it
         modules = linears(block)
         results: dict[str, LayerResult] = {}
-        stages = self._stages(input_groups(block, list(specs), inputs))
+        in_turn = stages(self.config, input_groups(block, list(specs), inputs))
         # What the float model has at a later stage, a block with its first stages rounded cannot tell.
-        float_block = copy.deepcopy(block) if self.needs_float_stream and len(stages) > 1 else block
-        for stage in stages:
+        float_block = copy.deepcopy(block) if self.needs_float_stream and len(in_turn) > 1 else block
+        for stage in in_turn:
             fresh: dict[str, LayerResult] = {}
-            for groups in _within_budget(stage, specs):
+            for groups in within_budget([[group] for group in stage], specs):
                 fresh.update(self._one_pass(block, float_block, groups, specs, inputs))
             for name, result in fresh.items():  # later stages see what earlier ones were rounded to
                 write_back(modules[name], result.weight.dequantize())
             results.update(fresh)
         return {name: results[name] for name in specs}
-
-    def _stages(self, groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-        """Which groups of linears are calibrated together: all, or one after the other, or as the config lists."""
-        listed = self.config.modules_in_block_to_quantize
-        if listed is not None:
-            unlisted = tuple(n for group in groups for n in group if not any(n in names for names in listed))
-            stages = (*listed, unlisted)  # the output head goes by no name inside a block
-            kept = [[tuple(n for n in group if n in names) for group in groups] for names in stages]
-            return [stage for names in kept if (stage := [group for group in names if group])]
-        return [[group] for group in groups] if self.config.true_sequential else [groups]
 
     def _one_pass(
         self,
@@ -237,22 +225,6 @@ def gather(
             observe(float_block, drifting, floats.batches([i]), seen.__setitem__)
         observe(block, list(features), inputs.batches([i]), lambda n, x: moments[n].add(n, x, seen.get(n)))  # noqa: B023
     return moments
-
-
-def _within_budget(
-    groups: Sequence[tuple[str, ...]], specs: Mapping[str, WeightSpec]
-) -> list[list[tuple[str, ...]]]:
-    """Runs of groups whose second moments fit `_MOMENT_BYTES` together: a block of many experts has too many for one."""
-    runs: list[list[tuple[str, ...]]] = [[]]
-    size = 0
-    for group in groups:
-        needed = 4 * specs[group[0]].in_features ** 2
-        if runs[-1] and size + needed > _MOMENT_BYTES:
-            runs.append([])
-            size = 0
-        runs[-1].append(group)
-        size += needed
-    return runs
 
 
 def _alike(group: Sequence[str], specs: Mapping[str, WeightSpec]) -> list[list[str]]:

@@ -6,7 +6,7 @@ statistics that one run of the block gathers for all of them. Then every group i
 where that lowers the error of the output (`output_params`).
 
 Statistics are second moments X'X of the inputs of linears, shared by the linears of one input. Blocks whose moments do
-not fit `_MOMENT_BYTES` together are run several times.
+not fit `stages.MOMENT_BYTES` together are run several times.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.algorithms.hessian import SecondMoment, relative_error
 from woq.algorithms.rtn import round_to_nearest
+from woq.algorithms.stages import stages, within_budget
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs.base import FoldingConfig
 from woq.folds import Fold, FoldFinder, Folds
@@ -31,7 +32,6 @@ from woq.weights import QuantizedWeight, WeightSpec
 
 ConfigT = TypeVar("ConfigT", bound=FoldingConfig)
 
-_MOMENT_BYTES = 4 << 30  # of float32 second moments held at a time
 _RIDGE = 0.01  # share of the mean diagonal added to a moment: what calibration never excites is not clipped for free
 
 
@@ -85,7 +85,7 @@ class InputScaling(Algorithm[ConfigT]):
         modules = linears(block)
         groups = input_groups(block, list(specs), inputs)
         folds = self._folds(block, specs, inputs)
-        stages = self._stages(groups)
+        in_turn = stages(self.config, groups)
         runs = _runs(groups, folds, specs)
         scales: list[tuple[Fold, Tensor]] = []
         moments: dict[str, SecondMoment] = {}
@@ -95,10 +95,10 @@ class InputScaling(Algorithm[ConfigT]):
         for fold, s in self.improve(block, specs, inputs, scales, moments):
             _rescale(moments, fold, fold.apply(block, s))
         results: dict[str, LayerResult] = {}
-        for stage in stages:
+        for stage in in_turn:
             fresh: dict[str, LayerResult] = {}
-            for run in _runs(stage, Folds((), {}), specs):
-                if len(stages) > 1 or len(runs) > 1:
+            for run in within_budget([[group] for group in stage], specs):
+                if len(in_turn) > 1 or len(runs) > 1:
                     moments = _observe(block, run, specs, inputs)
                 fresh |= self._round(run, modules, moments, specs, folds.refused)
             for name, result in fresh.items():  # later stages see what earlier ones were rounded to
@@ -112,15 +112,6 @@ class InputScaling(Algorithm[ConfigT]):
         if not self.config.folding:
             return Folds((), dict.fromkeys(specs, "folding=False"))
         return self.finder.find(block, list(specs), inputs)
-
-    def _stages(self, groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-        """Which groups of linears are rounded together: all, or one after the other, or as the config lists."""
-        listed = self.config.modules_in_block_to_quantize
-        if listed is None:
-            return [[group] for group in groups] if self.config.true_sequential else [groups]
-        unlisted = tuple(n for group in groups for n in group if not any(n in names for names in listed))
-        kept = [[tuple(n for n in g if n in names) for g in groups] for names in (*listed, unlisted)]
-        return [stage for parts in kept if (stage := [part for part in parts if part])]
 
     def _scale(
         self,
@@ -194,16 +185,7 @@ def _runs(
     together: dict[object, list[tuple[str, ...]]] = {}
     for group in groups:
         together.setdefault(next((fold_of[n] for n in group if n in fold_of), group), []).append(group)
-    runs: list[list[tuple[str, ...]]] = [[]]
-    size = 0
-    for part in together.values():
-        needed = sum(4 * specs[group[0]].in_features ** 2 for group in part)
-        if runs[-1] and size + needed > _MOMENT_BYTES:
-            runs.append([])
-            size = 0
-        runs[-1] += part
-        size += needed
-    return runs
+    return within_budget(together.values(), specs)
 
 
 def _inside(fold: Fold, run: Iterable[tuple[str, ...]]) -> bool:

@@ -14,7 +14,7 @@ z = z0. Gradients pass rounding straight through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,23 @@ class _FakeQuantize(torch.autograd.Function):
         to_offset = scaled * inside
         to_zero = (to_offset - scaled).sum(1, keepdim=True)
         return None, to_offset, to_scale, to_zero, None
+
+
+# (latent, offset [T, gs], scale, zero, top [T, 1]) -> weights [T, gs]
+FakeQuantize = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def fake_quantize(latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+    """s (clamp(round(L / s + z + offset), 0, m) - z), differentiable in offset, scale and zero."""
+    result: Tensor = _FakeQuantize.apply(latent, offset, scale, zero, top)  # type: ignore[no-untyped-call]
+    return result
+
+
+def plain_fake_quantize(latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+    """The same in plain autograd: what `torch.compile` fuses, forward and backward, and what tests hold ours against."""
+    position = latent / scale + offset + zero
+    rounded = _straight_through(position, position.detach().round())
+    return (torch.where(rounded < 0, 0.0, torch.where(rounded > top, top, rounded)) - zero) * scale
 
 
 def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -126,9 +143,9 @@ class Tunable:
         )
         return scale, zero
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, quantizer: FakeQuantize = fake_quantize) -> dict[str, Tensor]:
         """float32 [N, K] of every linear, differentiable."""
-        flat: Tensor = _FakeQuantize.apply(self.latent, self.offset, *self.grid(), self.top)  # type: ignore[no-untyped-call]
+        flat = quantizer(self.latent, self.offset, *self.grid(), self.top)
         return {
             name: flat[rows].view(self.specs[name].out_features, -1)[:, : self.specs[name].in_features]
             for name, rows in self.rows.items()
