@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from woq.checkpoint import FolderFormat, TensorFolder, quantization_dict, read_json
+from woq.checkpoint import FolderFormat, quantization_dict
 from woq.configs import GPTQConfig, RtnConfig
 from woq.errors import CheckpointError
+from woq.tensor_files import TensorFolder, read_json
 from woq.weights import GPTQ_V1, GPTQ_V2, Layout, QuantizedWeight, WeightSpec
 
 WHERE = Path("config.json")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tests.tiny_models import TINY_ARCHITECTURES
 from woq import AutoModelForCausalLM, RtnConfig, quantize
-from woq.checkpoint import FolderFormat, TensorFolder
+from woq.checkpoint import FolderFormat
 from woq.errors import CheckpointError
 from woq.inspection import inspect_folder
 from woq.linear import QuantLinear
 from woq.saving import save_pretrained
+from woq.tensor_files import TensorFolder
 from woq.weights import CODEBOOKS, DATA_TYPES
 
 IDS = torch.arange(24).view(2, 12)

@@ -21,12 +21,12 @@ from woq import AutoModelForCausalLM, quantize_folder
 from woq.algorithms import ALGORITHMS
 from woq.backends import BACKENDS, why_not
 from woq.backends.base import Target
-from woq.checkpoint import TensorFolder
 from woq.configs import config_from_dict
 from woq.device import DEVICES, available_devices
 from woq.errors import ConfigError
 from woq.linear import QuantLinear
 from woq.progress import Progress
+from woq.tensor_files import TensorFolder
 from woq.weights import WeightSpec
 
 WRITERS = DEVICES

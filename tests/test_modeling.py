@@ -27,10 +27,10 @@ from woq import (
     save_pretrained,
 )
 from woq.blocks import linears, write_back
-from woq.checkpoint import TensorFolder
 from woq.errors import BackendError, CheckpointError, ConfigError
 from woq.linear import QuantLinear
 from woq.progress import Progress
+from woq.tensor_files import TensorFolder
 
 TinyModel = Callable[[str], nn.Module]
 QUIET = Progress()

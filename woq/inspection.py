@@ -19,13 +19,14 @@ import torch
 from woq.backends import choose, refusals
 from woq.backends.base import Target
 from woq.blocks import find_blocks, linears, weight_of
-from woq.checkpoint import GPTQ_BITS, TensorFolder, TensorInfo
+from woq.checkpoint import GPTQ_BITS
 from woq.console import human
 from woq.errors import CheckpointError
 from woq.interop import find
 from woq.interop.folder import QuantizedFolder
 from woq.loading import is_gguf, model_config, skeleton
 from woq.modeling import run_device, run_dtype
+from woq.tensor_files import TensorFolder, TensorInfo
 from woq.weights import PackedWeight, WeightSpec
 
 _OTHERS_BLOCK = 32  # other readers of GPTQ folders want both sides of a matrix to be multiples of this

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from woq.blocks import Linear, find_blocks, linears
-from woq.checkpoint import CONFIG, FLOATS, TensorFolder, TensorInfo, read_json
 from woq.embedding import QuantEmbedding
 from woq.errors import CheckpointError
 from woq.interop.folder import QuantizedFolder
 from woq.linear import QuantLinear
 from woq.moe import is_fused_experts, unfuse_experts
+from woq.tensor_files import CONFIG, FLOATS, TensorFolder, TensorInfo, read_json
 from woq.weights import WeightSpec
 
 Offload = Literal["auto", "always", "never"]

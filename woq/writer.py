@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from woq.checkpoint import CONFIG, QUANTIZE_CONFIG, WEIGHTS, WEIGHTS_INDEX, read_json
 from woq.errors import CheckpointError
+from woq.tensor_files import CONFIG, QUANTIZE_CONFIG, WEIGHTS, WEIGHTS_INDEX, read_json
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2 << 30

@@ -107,7 +107,9 @@ def test_training_lowers_the_blocks_error(init: str, optimizer: str, sym: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch.compile's own
 def test_compiled_it_trains_to_the_same() -> None:
     weights = []
     for compiled in (False, True):

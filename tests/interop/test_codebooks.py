@@ -19,11 +19,11 @@ from tests.interop.test_layers import read
 from tests.tiny_models import TINY_ARCHITECTURES
 from woq import AutoModelForCausalLM, save_pretrained
 from woq.blocks import linears
-from woq.checkpoint import TensorFolder
 from woq.errors import CheckpointError
 from woq.interop import reader_of
 from woq.interop.base import Found, Layer
 from woq.interop.convert import convert
+from woq.tensor_files import TensorFolder
 from woq.weights import QuantizedWeight
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}

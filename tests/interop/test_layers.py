@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tests.interop import foreign_writers as foreign
 from tests.interop.foreign_writers import Plain, random_plain
-from woq.checkpoint import TensorInfo
 from woq.codebooks import VALUES
 from woq.errors import CheckpointError
 from woq.interop import TARGETS, load, reader_of
 from woq.interop.base import Found, Layer, Summary, Writer
 from woq.packing import WORD_BITS
+from woq.tensor_files import TensorInfo
 from woq.weights import GPTQ_V2, QuantizedWeight, WeightSpec
 
 HERE = Path("config.json")
@@ -38,7 +38,7 @@ class Memory:
         return self.tensors[name]
 
     def packed(self, name: str, spec: WeightSpec, headers: Mapping[str, TensorInfo]) -> Any:
-        from woq.checkpoint import TensorFolder
+        from woq.tensor_files import TensorFolder
 
         return TensorFolder.packed(self, name, spec, headers)  # type: ignore[arg-type]
 

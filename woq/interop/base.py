@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from woq.checkpoint import TensorFolder, TensorInfo
 from woq.errors import CheckpointError
+from woq.tensor_files import TensorFolder, TensorInfo
 from woq.weights import GPTQ_V2, DataType, PackedWeight, QuantizedWeight, WeightSpec
 
 HALVES = (torch.float16, torch.bfloat16, torch.float32)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from woq.blocks import linears, weight_of
-from woq.checkpoint import CONFIG, read_json
 from woq.errors import CheckpointError, ConfigError, QuantizationError
 from woq.head import output_head
 from woq.interop import TARGETS, load
@@ -24,6 +23,7 @@ from woq.interop.base import Summary, Writer
 from woq.interop.folder import QuantizedFolder
 from woq.loading import model_config, skeleton
 from woq.saving import copy_small_files
+from woq.tensor_files import CONFIG, read_json
 from woq.weights import GPTQ_V2, QuantizedWeight, WeightSpec
 from woq.writer import FolderWriter
 

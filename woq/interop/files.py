@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from woq.checkpoint import CONFIG, QUANTIZE_CONFIG, WEIGHTS, read_json, shards
 from woq.errors import CheckpointError
 from woq.interop.base import Found
+from woq.tensor_files import CONFIG, QUANTIZE_CONFIG, WEIGHTS, read_json, shards
 
 DESCRIPTIONS = (QUANTIZE_CONFIG, "quant_config.json", "qconfig.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")

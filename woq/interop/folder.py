@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from woq.checkpoint import TensorFolder, TensorInfo, describe_specs
+from woq.checkpoint import describe_specs
 from woq.errors import CheckpointError
 from woq.interop import find, reader_of
 from woq.interop.base import Layer
 from woq.interop.gptq import GptqReader, usual_settings
+from woq.tensor_files import TensorFolder, TensorInfo
 from woq.weights import PackedWeight, WeightSpec
 
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from woq.checkpoint import CONFIG, QUANTIZE_CONFIG, read_json
 from woq.configs import ConfigWarning, GPTQConfig
 from woq.errors import CalibrationError, CheckpointError, ConfigError
 from woq.linear import QuantLinear
 from woq.modeling import AutoModelForCausalLM
 from woq.quantization import quantize
 from woq.saving import save_pretrained
+from woq.tensor_files import CONFIG, QUANTIZE_CONFIG, read_json
 
 # What AutoGPTQ's methods take and what has no counterpart here: the values that pass silently, and why others do nothing.
 _NO_COUNTERPART: dict[str, tuple[tuple[Any, ...], str]] = {
