@@ -177,7 +177,7 @@ def test_symmetric_folder_is_a_standard_gptq_folder(
     own = raw["quantization_config"]
     assert own == json.loads((tmp_path / "q" / "quantize_config.json").read_text())
     expected = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": True}
-    expected |= {"checkpoint_format": "gptq", "format": "gptq", "lm_head": False, "true_sequential": False}
+    expected |= {"checkpoint_format": "gptq", "format": "gptq", "lm_head": False, "true_sequential": True}
     assert expected.items() <= own.items()
     assert 0 < own["damp_percent"] < 1
     assert "meta" not in own

@@ -13,6 +13,10 @@ Differences from the paper's code, each for a reason:
   code zeroes them, which is wrong for every input the calibration data did not contain.
 - A group's grid is searched for the least error weighted by 1 / U[i,i]^2, what an error in feature i costs once
   the features after it have absorbed what they can; the paper takes the range of the weights.
+- Groups of linears are rounded one after the other, and each makes up for most of what the ones before, in this block
+  and in earlier ones, have done to its inputs (`drift_correction`).
+- After rounding, scales are solved for with the codes frozen and the codes swept once more by coordinate descent
+  (`refine`).
 - Damping climbs a ladder, each step in float32 and then float64; a group that still cannot be factored is rounded to
   nearest and says so.
 
