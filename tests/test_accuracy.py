@@ -23,11 +23,11 @@ KL_BOUNDS = {
     ("rtn", 4, True): 0.117,
     ("rtn", 4, False): 0.101,
     ("rtn", 3, False): 0.455,
-    ("gptq", 4, True): 0.0495,
-    ("gptq", 4, False): 0.0462,
-    ("gptq", 3, True): 0.217,
-    ("gptq", 3, False): 0.227,
-    ("gptq", 2, True): 1.2,
+    ("awq", 4, False): 0.063,
+    ("awq", 3, False): 0.313,
+    ("gptq", 4, True): 0.0385,
+    ("gptq", 3, False): 0.165,
+    ("gptq", 2, True): 0.87,
 }
 
 
