@@ -160,7 +160,7 @@ def prefill_times(model: LlamaForCausalLM, tokens: int, repeats: int) -> list[fl
     return sorted(times[2:])
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.csv"))
     parser.add_argument("--layers", type=int, default=32)
@@ -176,7 +176,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     commit = (
         args.commit
         or subprocess.run(
