@@ -21,6 +21,7 @@ from woq.weights import WeightSpec
 SpanGrid = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
 
 
+_NORMAL_ELEMENTS = 1 << 26  # of the rows' normal equations held at a time
 _RIDGE = 0.01  # of a scale's own curvature, against fitting noise
 
 
@@ -161,6 +162,14 @@ def best_scales(
     the scales one has. weight, levels = code - zero: [N, K]. group_of: int64 [K]. A scale that would change its sign or
     by more than half is kept.
     """
+    rows = max(1, _NORMAL_ELEMENTS // scales.shape[1] ** 2)
+    parts = zip(weight.split(rows), levels.split(rows), scales.split(rows), strict=True)
+    solved = torch.cat([_solve_rows(w, level, scale, group_of, hessian) for w, level, scale in parts])
+    sound = ((solved / scales) - 1).abs() < 0.5  # false for NaN too
+    return storable_scale(torch.where(sound, solved, scales), dtype)
+
+
+def _solve_rows(weight: Tensor, levels: Tensor, scales: Tensor, group_of: Tensor, hessian: Tensor) -> Tensor:
     groups = scales.shape[1]
     member = torch.nn.functional.one_hot(group_of, groups).float()  # [K, G]
     right = (weight @ hessian * levels) @ member
@@ -170,6 +179,5 @@ def best_scales(
         normal[:, g] = (levels[:, columns] @ hessian[columns] * levels) @ member
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = _RIDGE * diagonal + 1e-6 * diagonal.mean(1, keepdim=True) + 1e-20
-    solved = torch.linalg.solve(normal + torch.diag_embed(ridge), right + ridge * scales)
-    sound = ((solved / scales) - 1).abs() < 0.5  # false for NaN too
-    return storable_scale(torch.where(sound, solved, scales), dtype)
+    solved: Tensor = torch.linalg.solve(normal + torch.diag_embed(ridge), right + ridge * scales)
+    return solved
