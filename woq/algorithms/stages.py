@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from woq.configs import CalibratedConfig
+from woq.moe import expert_kind
 from woq.weights import WeightSpec
 
 # Linears that share an input.
@@ -17,11 +18,17 @@ MOMENT_BYTES = 4 << 30
 def stages(config: CalibratedConfig, groups: Sequence[Group]) -> list[list[Group]]:
     """Groups that are calibrated together: all, or one after the other, or as the config lists.
 
-    What a list leaves out comes last: the output head goes by no name inside a block.
+    The same linear of all experts counts as one group's turn: no expert feeds another, and those that few tokens reach
+    borrow from the others. What a list leaves out comes last: the output head goes by no name inside a block.
     """
     listed = config.modules_in_block_to_quantize
+    if listed is None and not config.true_sequential:
+        return [list(groups)]
     if listed is None:
-        return [[group] for group in groups] if config.true_sequential else [list(groups)]
+        turns: dict[str, list[Group]] = {}
+        for group in groups:
+            turns.setdefault(expert_kind(group[0]), []).append(group)
+        return list(turns.values())
     unlisted = tuple(n for group in groups for n in group if not any(n in names for names in listed))
     kept = [[tuple(n for n in group if n in names) for group in groups] for names in (*listed, unlisted)]
     return [stage for parts in kept if (stage := [part for part in parts if part])]
