@@ -190,7 +190,7 @@ def measure(
             check(layers[0], torch.randn(4, k, dtype=dtype, device="cuda"), weight)
     stored = n * k * spec.bits / 8 + n * spec.groups * (2 + (0 if spec.sym else 1))
     for m in args.tokens:
-        if name in ("tinygemm", "triton") and m > 1024:  # minutes, to show what 1024 shows
+        if name == "tinygemm" and m > 1024:  # minutes, to show what 1024 shows
             continue
         x = torch.randn(m, k, dtype=dtype, device="cuda")
         used = layers if m < 256 else layers[:4]
