@@ -204,6 +204,28 @@ def folders(
     return made
 
 
+@pytest.fixture(scope="module")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, run: Callable[..., Path]
+) -> dict[str, tuple[Path, Any]]:
+    """What `woq.compat.ipex.gptq` writes: IPEX's own form, in which it reads asymmetric layers right too."""
+    from tests.tiny_models import TINY_ARCHITECTURES
+    from woq.compat.ipex import gptq
+
+    made = {}
+    for name, how in {
+        "asym": {},
+        "desc_act": {"act_order": True},
+        "float32": {"scale_dtype": torch.float32},
+    }.items():
+        folder = tmp_path_factory.mktemp("checkpoints") / name
+        model: Any = TINY_ARCHITECTURES["llama"]()
+        gptq(model, [ids(2)], 32, nsamples=4, save_dir=folder, **how)
+        save_file({"ids": ids(1)}, folder / "ids.tensors")
+        made[name] = (folder, model)
+    return made
+
+
 def ids(seed: int) -> Tensor:
     return torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(seed))
 
@@ -251,6 +273,16 @@ def test_folders_through_ipex_llm_optimize(
             continue
         assert off["float32"] < 1e-3, name
         assert off["bfloat16"] < 2 * bfloat16_itself(*folders[name]), name
+
+
+@pytest.mark.slow
+def test_gptq_checkpoints_through_ipex_llm_optimize(
+    run: Callable[..., Path], checkpoints: dict[str, tuple[Path, Any]]
+) -> None:
+    out = run("ipex", *(folder for folder, _ in checkpoints.values()))
+    for name, off in distances(out, checkpoints).items():
+        assert off["float32"] < 1e-3, name
+        assert off["bfloat16"] < 2 * bfloat16_itself(*checkpoints[name]), name
 
 
 @pytest.mark.slow
