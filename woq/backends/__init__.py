@@ -29,9 +29,8 @@ class Entry:
 BACKENDS: tuple[Entry, ...] = (
     Entry("cpu", ("cpu",), "woq.backends.cpu:CpuBackend"),
     Entry("xpu", ("xpu",), "woq.backends.xpu:XpuBackend"),
-    # By name until their GPU tests have passed on the very kernels that stand here (docs/cuda.md).
-    Entry("cuda", ("cuda",), "woq.backends.cuda:CudaBackend", by_name_only=True),
-    Entry("triton", ("cuda", "xpu"), "woq.backends.triton:TritonBackend", by_name_only=True),
+    Entry("cuda", ("cuda",), "woq.backends.cuda:CudaBackend"),
+    Entry("triton", ("cuda", "xpu"), "woq.backends.triton:TritonBackend"),
     Entry("ipex", ("cpu", "xpu"), "woq.backends.ipex:IpexBackend", by_name_only=True),
     Entry("reference", None, "woq.backends.reference:ReferenceBackend"),
 )
