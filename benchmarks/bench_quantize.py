@@ -3,9 +3,10 @@
     python -m benchmarks.bench_quantize --device cuda --methods gptq autoround --out blocks.csv
     python -m benchmarks.bench_quantize --device cpu --hidden 256 --intermediate 512 --samples 8 --seq-len 64 --out blocks.csv
 
-A model of one block and one of three are quantized; half the difference is a block's time, free of what is paid once
-(data, capture, compilation of kernels). The loop runs each block on the float and the quantized stream, rounds it, runs
-it again on what comes next, and installs it.
+The median over all blocks but the first, which pays for what is paid once (kernels are compiled, libraries loaded).
+The split by phase comes from a second run that waits for the device at every phase's border: its sum is a little more.
+"forward" is the blocks' runs on both streams, "statistics" the moments, "search" the groups' grids, "round" the
+column loop without it, "scales" and "descent" what refines it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from contextlib import nullcontext
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.quality import current_commit, machine
 from woq import config_from_dict, quantize
+from woq.phases import measured
+from woq.progress import Progress
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"quant_method": "rtn"},
@@ -36,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COLUMNS = (
     "commit", "date", "machine", "torch", "method", "hidden", "intermediate", "samples", "seq_len",
-    "seconds_a_block", "seconds_once", "peak_gib",
+    "seconds_a_block", "blocks", "seconds_once", "peak_gib", "phases",
 )  # fmt: skip
 
 
@@ -52,36 +58,57 @@ def model_of(blocks: int, options: argparse.Namespace) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def seconds_of(blocks: int, settings: dict[str, Any], options: argparse.Namespace) -> float:
-    model = model_of(blocks, options)
+class BlockClock(Progress):
+    """Seconds at which each block was done, and what each phase had come to by then."""
+
+    def __init__(self, device: torch.device, phases: dict[str, float]) -> None:
+        self.device, self.phases = device, phases
+        self.at_ends: list[tuple[float, dict[str, float]]] = []
+
+    def step(self, detail: str = "") -> None:  # noqa: ARG002 - as `Progress` has it
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.at_ends.append((time.perf_counter(), dict(self.phases)))
+
+
+def run(settings: dict[str, Any], options: argparse.Namespace, split: bool) -> tuple[float, BlockClock]:
+    """Quantize `options.blocks` blocks: when that began, and the clock that saw them."""
+    model = model_of(options.blocks, options)
     ids = torch.randint(
         3, 1024, (options.samples, options.seq_len), generator=torch.Generator().manual_seed(0)
     )
     config = config_from_dict({"bits": 4, "group_size": 128, **settings})
-    started = time.perf_counter()
-    quantize(model, config, ids, device=options.device)
-    if options.device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    device = torch.device(options.device)
+    with measured(device) if split else nullcontext({}) as phases:
+        clock = BlockClock(device, phases)
+        started = time.perf_counter()
+        quantize(model, config, ids, device=options.device, progress=clock)
+    return started, clock
 
 
 def row_of(method: str, options: argparse.Namespace) -> dict[str, Any]:
     settings = dict(METHODS[method])
     if settings["quant_method"] != "rtn":
         settings |= {"num_samples": options.samples, "seq_len": options.seq_len}
-    seconds_of(1, settings, options)  # kernels are compiled, libraries loaded
-    one = seconds_of(1, settings, options)
     on_gpu = options.device.startswith("cuda")
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    three = seconds_of(3, settings, options)
-    each = (three - one) / 2
+    started, clock = run(settings, options, split=False)
+    ends = [at for at, _ in clock.at_ends]
+    each = [end - begin for begin, end in pairwise(ends)]
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
+    _, split = run(settings, options, split=True)
+    (_, first), (_, last) = split.at_ends[0], split.at_ends[-1]
+    phases = {name: (last[name] - first.get(name, 0.0)) / len(each) for name in last}
+    ordered = sorted(phases.items(), key=lambda item: -item[1])
     return {
         "method": method,
-        "seconds_a_block": round(each, 3),
-        "seconds_once": round(one - each, 3),
+        "seconds_a_block": round(median(each), 3),
+        "blocks": len(each),
+        "seconds_once": round(ends[0] - started - median(each), 3),
         "peak_gib": peak,
+        "phases": " ".join(f"{name.replace(' ', '_')}={seconds:.3f}" for name, seconds in ordered),
     }
 
 
@@ -95,6 +122,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=14336)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=3, help="at least 2; the first is not counted")
     parser.add_argument("--commit", help="what to write in the CSV where there is no git checkout")
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     options = parser.parse_args()

@@ -56,11 +56,14 @@ def storable_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     A scale that underflows would make the group zero or infinite. float16 goes down to 2^-20, a subnormal with four
     bits left: small 8-bit scales need it, and codes are computed for the scale as stored.
     """
-    limits = torch.finfo(scale_dtype)
-    smallest = 2.0**-20 if scale_dtype == torch.float16 else limits.tiny
     sign = torch.where(scale < 0, -1.0, 1.0)
-    magnitude = scale.abs().clamp_(smallest, limits.max)
+    magnitude = scale.abs().clamp_(smallest_scale(scale_dtype), torch.finfo(scale_dtype).max)
     return (magnitude * sign).to(scale_dtype).float()
+
+
+def smallest_scale(scale_dtype: torch.dtype) -> float:
+    """The least magnitude that `storable_scale` gives."""
+    return 2.0**-20 if scale_dtype == torch.float16 else torch.finfo(scale_dtype).tiny
 
 
 def group_params(
@@ -93,12 +96,12 @@ def group_params(
     choose = {"plain": plain, "full_range": _full_range, "float_zeros": _float_zeros}[grid]
     flat = w.reshape(-1, w.shape[-1])
     costs = None if importance is None else importance.expand_as(w).reshape(flat.shape)
-    candidates = len(_factors(bits, sym, search))
+    candidates = len(group_factors(bits, sym, search))
     rows = _rows_at_once(w, candidates)
     scales, zeros = [], []
     for start in range(0, len(flat), rows):
         chunk = flat[start : start + rows]
-        scale, zero = choose(chunk, bits, scale_dtype, w.new_tensor(_factors(bits, sym, search)))
+        scale, zero = choose(chunk, bits, scale_dtype, w.new_tensor(group_factors(bits, sym, search)))
         if candidates > 1:
             to_codes = quantize_between if grid == "float_zeros" else quantize
             error = dequantize(to_codes(chunk, scale, zero, bits), scale, zero).sub_(chunk).square_()
@@ -147,7 +150,7 @@ def _shares(bits: int) -> list[float]:
     return [1.0 - (1.0 - deepest) * i / (_STEPS - 1) for i in range(_STEPS)]
 
 
-def _factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
+def group_factors(bits: int, sym: bool, search: Search) -> list[tuple[float, float]]:
     """The ranges to try, as shares of a group's own (low, high) end; the full range first.
 
     Symmetric grids use one share for both ends, and its sign for the scale's.
@@ -223,7 +226,7 @@ def output_params(
     or cancel, which a weight for each feature cannot know.
     """
     choose = _symmetric if sym else _asymmetric
-    factors = w.new_tensor(_factors(bits, sym, "mse"))
+    factors = w.new_tensor(group_factors(bits, sym, "mse"))
     scales, zeros = [], []
     for rows in w.split(_rows_at_once(w, len(factors))):
         scale, zero = choose(rows, bits, scale_dtype, factors)

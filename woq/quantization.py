@@ -30,6 +30,7 @@ from woq.head import input_embeddings, output_head, untie
 from woq.linear import QuantLinear
 from woq.mixed_precision import choose_bits
 from woq.moe import unfuse_experts
+from woq.phases import phase
 from woq.plan import Plan, make_plan
 from woq.progress import Progress
 from woq.replay import BlockInputs, advance
@@ -273,17 +274,24 @@ class _Run:
         materialize(block, self.device)
         unfuse_experts(block)
         specs = self.report.plan.of_block(name)
-        if self.inputs is not None and self.inputs.float_hidden is not None:
-            with _naming(name):
+        restored = self.writer is not None and self.writer.has_block(index)
+        if (
+            self.inputs is not None
+            and self.inputs.float_hidden is not None
+            and (restored or not self.algorithm.runs_float_stream)
+        ):
+            with _naming(name), phase("forward"):
                 floats = self.inputs.in_float()
                 self.inputs.float_outputs = advance(block, floats, floats.hidden[0].device)
-        if self.writer is not None and self.writer.has_block(index):
+        if restored:
             packed, reports = self._restore(index, name, block, specs)
         else:
             with _naming(name):
                 results = self.algorithm.quantize_block(block, specs, self.inputs)
-            packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
-            settle_floats(block, packed, self._dtype())
+            with phase("pack"):
+                packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
+            if settle_floats(block, packed, self._dtype()) and self.inputs is not None:
+                self.inputs.outputs = None
             seconds = (time.perf_counter() - started) / max(len(results), 1)
             reports = [_layer_report(f"{name}.{n}".rstrip("."), r, seconds) for n, r in results.items()]
             if self.writer is not None:
@@ -293,8 +301,10 @@ class _Run:
             self.progress.layer(report)
         self.report.layers += reports
         if self.inputs is not None and index < len(self.blocks):
-            with _naming(name):
-                self.inputs.hidden = advance(block, self.inputs, self.inputs.hidden[0].device)
+            with _naming(name), phase("forward"):
+                if self.inputs.outputs is None:
+                    self.inputs.outputs = advance(block, self.inputs, self.inputs.hidden[0].device)
+                self.inputs.hidden, self.inputs.outputs = self.inputs.outputs, None
             self.inputs.float_hidden, self.inputs.float_outputs = self.inputs.float_outputs, None
         if self.writer is not None:
             release(block)

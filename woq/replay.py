@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -33,7 +33,8 @@ class BlockInputs:
     device: where the block is and runs. hidden: [B, L, H] each, anywhere: what the quantized blocks before hand on.
     calls: the other arguments of THIS block. masks: bool [B, L], True where a token counts, or None where all do.
     float_hidden, float_outputs: what the float model gives this block and takes from it, [B, L, H] each; None unless
-    the algorithm asked for them (`Algorithm.needs_float_stream`).
+    the algorithm asked for them (`Algorithm.needs_float_stream`). outputs: [B, L, H] each, what the quantized block
+    makes of `hidden`; set by an algorithm that has come to know it.
     """
 
     device: torch.device
@@ -42,12 +43,13 @@ class BlockInputs:
     masks: list[Tensor | None]
     float_hidden: list[Tensor] | None = None
     float_outputs: list[Tensor] | None = None
+    outputs: list[Tensor] | None = None
 
     def in_float(self) -> BlockInputs:
         """The same batches as the float model sees them; this very object where it does not tell."""
         if self.float_hidden is None:
             return self
-        return replace(self, hidden=self.float_hidden, float_hidden=None, float_outputs=None)
+        return replace(self, hidden=self.float_hidden, float_hidden=None, float_outputs=None, outputs=None)
 
     def batches(self, chosen: Sequence[int]) -> BlockInputs:
         """Some of the batches."""
@@ -111,21 +113,40 @@ def forward_batch(
 @torch.no_grad()
 def run_batch(block: nn.Module, inputs: BlockInputs, i: int) -> Tensor:
     """`forward_batch` without gradients. Raises CalibrationError naming the samples whose output is not finite."""
-    mask = inputs.masks[i]
     output = forward_batch(block, inputs, i)
-    counted = output if mask is None else output[mask.to(output.device)]
-    if not torch.isfinite(counted).all():
-        bad = (~torch.isfinite(output)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise CalibrationError(
-            f"calibration batch {i}, samples {bad}: the block's output is not finite",
-            hint="float16 overflows on models trained in bfloat16: pass dtype='bfloat16' or 'float32'",
-        )
+    check_finite({i: output}, inputs.masks)
     return output
 
 
+@torch.no_grad()
 def advance(block: nn.Module, inputs: BlockInputs, keep_on: torch.device) -> list[Tensor]:
-    """The next block's hidden states."""
-    return [run_batch(block, inputs, i).to(keep_on) for i in range(len(inputs.hidden))]
+    """The next block's hidden states. Raises as `run_batch` does."""
+    outputs = [forward_batch(block, inputs, i).to(keep_on) for i in range(len(inputs.hidden))]
+    check_finite(dict(enumerate(outputs)), inputs.masks)
+    return outputs
+
+
+def check_finite(outputs: Mapping[int, Tensor], masks: Sequence[Tensor | None]) -> None:
+    """Raise CalibrationError naming batch and samples where an output [B, L, H] holds NaN or infinity outside padding.
+
+    Batch by batch the device is only asked to look; the answers are waited for once, at the end.
+    """
+    if not outputs:
+        return
+
+    def samples(i: int, output: Tensor) -> Tensor:
+        wrong = ~torch.isfinite(output.sum(-1, dtype=torch.float32))  # NaN and infinity survive summing
+        mask = masks[i]
+        return (wrong if mask is None else wrong & mask.to(output.device)).flatten(1).any(1)
+
+    found = [samples(i, output) for i, output in outputs.items()]
+    if not torch.cat(found).any():
+        return
+    i, bad = next((i, flags) for i, flags in zip(outputs, found, strict=True) if flags.any())
+    raise CalibrationError(
+        f"calibration batch {i}, samples {bad.nonzero().flatten().tolist()}: the block's output is not finite",
+        hint="float16 overflows on models trained in bfloat16: pass dtype='bfloat16' or 'float32'",
+    )
 
 
 def input_groups(block: nn.Module, names: Sequence[str], inputs: BlockInputs) -> list[tuple[str, ...]]:
@@ -165,6 +186,23 @@ def input_groups(block: nn.Module, names: Sequence[str], inputs: BlockInputs) ->
     return [tuple(group) for group in groups] + [(name,) for name in names if name not in seen]
 
 
+def counted_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """A linear's input as [tokens, K], rows that are only padding left out.
+
+    Raises CalibrationError where rows cannot be matched with the mask [B, L].
+    """
+    x = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return x
+    if mask.numel() != x.shape[0]:
+        raise CalibrationError(
+            f"layer {name!r} sees {x.shape[0]} rows where the batch has {mask.numel()} tokens, so padding "
+            "cannot be told apart",
+            hint="calibrate on packed text (padding=False, the default)",
+        )
+    return x[mask.flatten().to(x.device)]
+
+
 class _SeenAll(Exception):
     """Raised to leave a block that has shown what it was run for."""
 
@@ -188,17 +226,7 @@ def observe(
         in_expert = inside_experts(block, name)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            mask = current[0]
-            if mask is not None and not in_expert:
-                if mask.numel() != x.shape[0]:
-                    raise CalibrationError(
-                        f"layer {name!r} sees {x.shape[0]} rows where the batch has {mask.numel()} tokens, so padding "
-                        "cannot be told apart",
-                        hint="calibrate on packed text (padding=False, the default)",
-                    )
-                x = x[mask.flatten().to(x.device)]
-            visit(name, x)
+            visit(name, counted_rows(name, args[0], None if in_expert else current[0]))
             waiting.discard(name)
             if not waiting:
                 raise _SeenAll

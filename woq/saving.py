@@ -176,13 +176,17 @@ def packed_state(
     return state
 
 
-def settle_floats(block: nn.Module, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None) -> None:
+def settle_floats(block: nn.Module, packed: Mapping[str, PackedWeight], dtype: torch.dtype | None) -> bool:
     """Round what stays float (a fold may have changed it) to what `packed_state` stores: the next block and a resumed
-    run see the same."""
+    run see the same. Whether that changed any of it."""
+    changed = False
     for key, parameter in block.named_parameters():
         layer, _, part = key.rpartition(".")
         if dtype and parameter.is_floating_point() and not (layer in packed and part == "weight"):
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+            settled = parameter.data.to(dtype).to(parameter.dtype)
+            changed = changed or (dtype != parameter.dtype and not torch.equal(settled, parameter.data))
+            parameter.data = settled
+    return changed
 
 
 def identity(model: nn.Module) -> dict[str, Any]:

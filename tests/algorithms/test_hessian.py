@@ -110,7 +110,7 @@ def test_a_rare_expert_is_told_what_its_siblings_saw(rng: torch.Generator) -> No
     assert torch.allclose(moments["mlp.experts.3.w3"].normalized(), prior, atol=1e-5)
     assert moments["mlp.experts.2.w1"].tokens == 5  # the count stays what it was
     assert torch.equal(
-        moments["mlp.experts.0.w1"].matrix, inputs["mlp.experts.0.w1"].t() @ inputs["mlp.experts.0.w1"]
+        moments["mlp.experts.0.w1"].upper, inputs["mlp.experts.0.w1"].t() @ inputs["mlp.experts.0.w1"]
     )
     assert moments["attn.q"].borrowed == 0
 

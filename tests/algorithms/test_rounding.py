@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.algorithms.test_gptq import correlated
+from woq.algorithms import kernels
 from woq.algorithms.hessian import inverse_factor
 from woq.algorithms.rounding import best_scales, descend, group_spans, round_columns
-from woq.quant import dequantize, group_params, quantize
+from woq.quant import dequantize, group_params, quantize, smallest_scale
 
 N, K, GROUP, BITS = 8, 48, 16, 3
 
@@ -114,3 +115,29 @@ def kernel() -> None:
             got = rounding_triton.round_span(rows, u, scale, zero, 4, begun)
             assert torch.equal(expected[0], got[0])
             torch.testing.assert_close(expected[1], got[1])
+    searched(generator)
+    assert kernels.check(torch.device("cpu")) is None
+
+
+def searched(generator: torch.Generator) -> None:
+    """The search's kernel: groups that fill no block, one of zeros, one-sided ones, every dtype of scales."""
+    from woq.algorithms import search_triton
+
+    rows = torch.randn(24, 40, generator=generator)
+    rows[:, 3], rows[:, 4], rows[:, 5] = 0, rows[:, 4].abs(), -rows[:, 5].abs()
+    costs = torch.rand(24, generator=generator) + 0.1
+    for bits, sym, dtype, weight in (
+        (4, True, torch.float16, costs), (3, False, torch.float16, costs), (2, True, torch.float32, None),
+        (8, False, torch.bfloat16, costs),
+    ):  # fmt: skip
+        expected = group_params(rows.t(), bits, sym, dtype, "mse", weight)
+        factors = kernels._factors_on(bits, sym, "mse", rows.device)
+        given = torch.ones(24) if weight is None else weight
+        got = search_triton.best_params(rows, given, factors, bits, sym, dtype, smallest_scale(dtype))
+        errors = [
+            ((dequantize(quantize(rows, s, z, bits), s, z) - rows).square() * given[:, None]).sum(0)
+            for s, z in (expected, got)
+        ]
+        torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-9)
+        assert (expected[0] == got[0]).float().mean() > 0.9
+        assert (expected[1] == got[1]).float().mean() > 0.9

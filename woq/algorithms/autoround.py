@@ -26,6 +26,7 @@ from woq.algorithms.rtn import Rtn
 from woq.algorithms.tunable import FakeQuantize, Tunable, fake_quantize, plain_fake_quantize
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
+from woq.phases import phase
 from woq.replay import BlockCall, BlockInputs, forward_batch
 from woq.weights import WeightSpec
 
@@ -55,7 +56,8 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         assert inputs is not None  # the quantize loop gives data to whoever needs it
         modules = linears(block)
         weights = {name: float_weight(name, weight_of(modules[name])).clone() for name in specs}
-        targets = self._targets(block, inputs)
+        with phase("targets"):
+            targets = self._targets(block, inputs)
         training, held_out = _split(len(targets))
         begun = self.starter.quantize_block(block, specs, inputs.batches(training))
         tunables = [
@@ -64,7 +66,8 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         ]
         given = inputs if self.config.enable_quanted_input else inputs.in_float()
         tuning = Tuning(block, modules, tunables, self.quantizer, given, targets, training, held_out)
-        before, after = self._train(tuning)
+        with phase("training"):
+            before, after = self._train(tuning)
         note = f"block error {before:.3g} -> {after:.3g}"
         results = {}
         for tunable in tunables:
@@ -162,7 +165,8 @@ class Tuning:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """The loss on what is not trained on."""
-        return float(torch.stack([self.loss(i) for i in self.held_out]).mean())
+        with phase("held out"):
+            return float(torch.stack([self.loss(i) for i in self.held_out]).mean())
 
     @torch.no_grad()
     def clamp(self) -> None:

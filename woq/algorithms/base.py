@@ -49,6 +49,11 @@ class Algorithm(ABC, Generic[ConfigT]):
         """Whether `inputs` must also hold what the float model gives and takes: one more run of every block."""
         return False
 
+    @property
+    def runs_float_stream(self) -> bool:
+        """Whether `quantize_block` fills in `inputs.float_outputs` itself, on its way."""
+        return False
+
     @abstractmethod
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
@@ -56,7 +61,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         """Quantize the named linears of `block`, which is on one device.
 
         On return each of them holds its dequantized weight. Other parameters of the block may be rescaled only
-        where the block's output stays unchanged (a fold). `inputs` is None where `needs_data` is False.
+        where the block's output stays unchanged (a fold). `inputs` is None where `needs_data` is False; `inputs.outputs` may be filled in.
         """
 
 

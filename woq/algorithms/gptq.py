@@ -27,7 +27,6 @@ excited first and features sorted inside each, which needs no g_idx.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -36,13 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
+from woq.algorithms.gathering import gathering
 from woq.algorithms.hessian import (
     FEW_TOKENS,
     SecondMoment,
     factor_with_ladder,
     fill_up_rare_experts,
     make_up_for_drift,
-    relative_error,
+    relative_errors,
 )
 from woq.algorithms.rounding import (
     Grids,
@@ -54,10 +54,11 @@ from woq.algorithms.rounding import (
 )
 from woq.algorithms.rtn import round_to_nearest
 from woq.algorithms.stages import stages, within_budget
-from woq.blocks import linears, weight_of, write_back
+from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import GPTQConfig
+from woq.phases import phase
 from woq.quant import Search
-from woq.replay import BlockInputs, input_groups, inside_experts, observe
+from woq.replay import BlockInputs, input_groups
 from woq.weights import QuantizedWeight, WeightSpec
 
 
@@ -74,35 +75,40 @@ class Gptq(Algorithm[GPTQConfig]):
     def needs_float_stream(self) -> bool:
         return self.config.drift_correction > 0
 
+    @property
+    def runs_float_stream(self) -> bool:
+        return self.needs_float_stream
+
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
     ) -> dict[str, LayerResult]:
         assert inputs is not None  # the quantize loop gives data to whoever needs it
         modules = linears(block)
         results: dict[str, LayerResult] = {}
-        in_turn = stages(self.config, input_groups(block, list(specs), inputs))
-        # What the float model has at a later stage, a block with its first stages rounded cannot tell.
-        float_block = copy.deepcopy(block) if self.needs_float_stream and len(in_turn) > 1 else block
-        for stage in in_turn:
-            fresh: dict[str, LayerResult] = {}
-            for groups in within_budget([[group] for group in stage], specs):
-                fresh.update(self._one_pass(block, float_block, groups, specs, inputs))
-            for name, result in fresh.items():  # later stages see what earlier ones were rounded to
-                write_back(modules[name], result.weight.dequantize())
-            results.update(fresh)
+        groups = input_groups(block, list(specs), inputs)
+        in_turn = stages(self.config, groups)
+        with gathering(block, specs, in_turn, groups, inputs) as gather:
+            for stage in in_turn:
+                fresh: dict[str, LayerResult] = {}
+                for run in within_budget([[group] for group in stage], specs):
+                    with phase("forward"):
+                        moments = gather.moments(run)
+                    fill_up_rare_experts(moments, run)
+                    fresh.update(self._one_pass(modules, run, specs, moments))
+                for name, result in fresh.items():  # later stages see what earlier ones were rounded to
+                    write_back(modules[name], result.weight.dequantize())
+                results.update(fresh)
+            with phase("forward"):
+                gather.finish()
         return {name: results[name] for name in specs}
 
     def _one_pass(
         self,
-        block: nn.Module,
-        float_block: nn.Module,
+        modules: Mapping[str, Linear],
         groups: Sequence[tuple[str, ...]],
         specs: Mapping[str, WeightSpec],
-        inputs: BlockInputs,
+        moments: dict[str, SecondMoment],
     ) -> dict[str, LayerResult]:
-        modules = linears(block)
-        moments = gather(block, float_block, {g[0]: specs[g[0]].in_features for g in groups}, inputs)
-        fill_up_rare_experts(moments, groups)
         results: dict[str, LayerResult] = {}
         for group in groups:
             moment = moments.pop(group[0])
@@ -122,7 +128,7 @@ class Gptq(Algorithm[GPTQConfig]):
         hessian = moment.normalized()
         tall, damping, note = torch.cat(list(weights)), None, ""
         spec = replace(specs[names[0]], out_features=len(tall))
-        rounded = self._round(tall, spec, moment) if moment.tokens + moment.borrowed else None
+        rounded = self._round(tall, spec, moment, hessian) if moment.tokens + moment.borrowed else None
         if rounded is not None and moment.borrowed:
             note = f"fewer than {FEW_TOKENS} calibration tokens reached it: filled up from the block's other experts"
         if rounded is None:
@@ -130,31 +136,34 @@ class Gptq(Algorithm[GPTQConfig]):
             note += ": rounded to nearest"
         else:
             codes, scales, zeros, g_idx, damping = rounded
-        results, row = {}, 0
-        for name, weight in zip(names, weights, strict=True):
-            own = specs[name]
+        counts, found = [len(weight) for weight in weights], []
+        for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
             if rounded is None:
-                quantized = round_to_nearest(weight, own, "mse")
+                found.append(round_to_nearest(weight, specs[name], "mse"))
             else:
-                rows = slice(row, row + own.out_features)
-                quantized = QuantizedWeight(own, codes[rows], scales[rows], zeros[rows], g_idx)
-            row += own.out_features
-            loss = relative_error(weight, quantized.dequantize(), hessian)
-            results[name] = LayerResult(quantized, loss, moment.tokens, damping, note)
-        return results
+                rows = slice(sum(counts[:i]), sum(counts[: i + 1]))
+                found.append(QuantizedWeight(specs[name], codes[rows], scales[rows], zeros[rows], g_idx))
+        with phase("loss"):
+            dequantized = torch.cat([quantized.dequantize() for quantized in found])
+            losses = relative_errors(tall, dequantized, hessian, counts)
+        return {
+            name: LayerResult(quantized, loss, moment.tokens, damping, note)
+            for name, quantized, loss in zip(names, found, losses, strict=True)
+        }
 
     def _round(
-        self, weight: Tensor, spec: WeightSpec, moment: SecondMoment
+        self, weight: Tensor, spec: WeightSpec, moment: SecondMoment, hessian: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float] | None:
         """(codes uint8 [N, K], scales, zeros, g_idx, damping), or None where no damping makes H definite."""
         config = self.config
-        hessian = moment.normalized()
         order = self._order(hessian.diagonal(), spec.group_size)
-        factored = factor_with_ladder(hessian[order][:, order], config.damp_percent)
+        with phase("factor"):
+            factored = factor_with_ladder(hessian[order][:, order], config.damp_percent)
         if factored is None:
             return None
         factor, damping = factored
-        weight = make_up_for_drift(weight, moment, factor, order, config.drift_correction)
+        with phase("drift"):
+            weight = make_up_for_drift(weight, moment, factor, order, config.drift_correction)
         # What an error in feature i costs once later features have absorbed what they can: 1 / U[i,i]^2.
         importance = None
         if config.search == "activation":
@@ -174,7 +183,8 @@ class Gptq(Algorithm[GPTQConfig]):
             grid = grids.choosing(spec, self.search, importance)
         spans = group_spans(spec.in_features, spec.group_size, config.block_size)
         ordered = weight[:, order]
-        codes = round_columns(ordered, factor, spec.bits, spans, grid).t()
+        with phase("round"):
+            codes = round_columns(ordered, factor, spec.bits, spans, grid).t()
         codes = self._refine(ordered, codes, grids, hessian[order][:, order], spec)[:, back]
         return (
             codes.to(torch.uint8).contiguous(),
@@ -191,10 +201,12 @@ class Gptq(Algorithm[GPTQConfig]):
         hessian = hessian + torch.diag(hessian.diagonal().mean() * 1e-6 + (hessian.diagonal() == 0).float())
         for _ in range(self.config.refine):
             _, zero = grids.by_position()
-            grids.scales = best_scales(
-                weight, codes - zero, grids.scales, grids.group_of, hessian, spec.scale_dtype
-            )
-            codes = descend(weight, codes, *grids.by_position(), hessian, spec.bits)
+            with phase("scales"):
+                grids.scales = best_scales(
+                    weight, codes - zero, grids.scales, grids.group_of, hessian, spec.scale_dtype
+                )
+            with phase("descent"):
+                codes = descend(weight, codes, *grids.by_position(), hessian, spec.bits)
         return codes
 
     def _order(self, excitation: Tensor, group_size: int) -> Tensor:
@@ -211,24 +223,6 @@ class Gptq(Algorithm[GPTQConfig]):
         by_group = torch.argsort(means, descending=True, stable=True).tolist()
         inside = [torch.argsort(group, descending=True, stable=True) for group in groups]
         return torch.cat([inside[g] + g * group_size for g in by_group])
-
-
-def gather(
-    block: nn.Module, float_block: nn.Module, features: Mapping[str, int], inputs: BlockInputs
-) -> dict[str, SecondMoment]:
-    """Second moments of the inputs of the named linears, drift included where `inputs` tells of the float model.
-
-    Experts have none: the two models route different tokens to them.
-    """
-    drifting = [n for n in features if inputs.float_hidden is not None and not inside_experts(block, n)]
-    moments = {n: SecondMoment.zeros(k, inputs.device, n in drifting) for n, k in features.items()}
-    floats = inputs.in_float()
-    for i in range(len(inputs.hidden)):
-        seen: dict[str, Tensor] = {}
-        if drifting:
-            observe(float_block, drifting, floats.batches([i]), seen.__setitem__)
-        observe(block, list(features), inputs.batches([i]), lambda n, x: moments[n].add(n, x, seen.get(n)))  # noqa: B023
-    return moments
 
 
 def _alike(group: Sequence[str], specs: Mapping[str, WeightSpec]) -> list[list[str]]:

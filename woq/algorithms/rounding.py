@@ -7,13 +7,17 @@ others, so that a GPU rounds a span in one kernel (`rounding_triton.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from woq.quant import Search, dequantize, group_params, quantize, storable_scale
+from woq.algorithms.kernels import search_group, span_rounder
+from woq.algorithms.products import product
+from woq.phases import phase
+from woq.quant import Search, dequantize, storable_scale
 from woq.weights import WeightSpec
 
 # (start, end, float32 [K, N]: the weights, corrected for all errors made so far from the span's start on)
@@ -50,19 +54,21 @@ class Grids:
 
         importance: float32 [K], what an error at each position costs, or None for all the same.
         """
-        group = 0
+        groups = self.group_of[:: spec.group_size].tolist()
+        scale = zero = self.scales[:, 0]
 
         def grid(start: int, _end: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal group
+            nonlocal scale, zero
             if start % spec.group_size == 0:
                 members = slice(start, min(start + spec.group_size, spec.in_features))
                 costs = None if importance is None else importance[members]
-                scale, zero = group_params(
-                    rows[members].t(), spec.bits, spec.sym, spec.scale_dtype, search, costs
-                )
-                group = int(self.group_of[start])
+                with phase("search"):
+                    scale, zero = search_group(
+                        rows[members], spec.bits, spec.sym, spec.scale_dtype, search, costs
+                    )
+                group = groups[start // spec.group_size]
                 self.scales[:, group], self.zeros[:, group] = scale, zero
-            return self.scales[None, :, group].contiguous(), self.zeros[None, :, group].contiguous()
+            return scale.unsqueeze(0), zero.unsqueeze(0)
 
         return grid
 
@@ -89,7 +95,7 @@ def round_columns(
     """
     rows = weight.t().contiguous()
     codes = torch.empty_like(rows)
-    round_span = _span_rounder(rows.device)
+    round_span = span_rounder(rows.device)
     for start, end in spans:
         scale, zero = grid(start, end, rows)
         codes[start:end], errors = round_span(
@@ -97,14 +103,6 @@ def round_columns(
         )
         rows[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return codes
-
-
-def _span_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    if device.type == "cpu":
-        return round_span
-    from woq.algorithms.rounding_triton import round_span as in_one_kernel
-
-    return in_one_kernel
 
 
 def round_span(
@@ -118,15 +116,19 @@ def round_span(
     The loop looks left: a feature gathers the corrections of the span's earlier features when its turn comes, one
     matrix-vector product instead of a rank-one update of everything to its right.
     """
-    pivots = u.diagonal().tolist()
-    scales, zeros = scale.expand_as(rows), zero.expand_as(rows)
-    codes, errors = torch.empty_like(rows), torch.zeros_like(rows)
+    top = (1 << bits) - 1
+    follow = u / u.diagonal().unsqueeze(1)  # errors are divided by their pivots in the end, all at once
+    scales, lowest = scale.expand_as(rows), (-zero).expand_as(rows)
+    highest = lowest + top
+    levels, errors = torch.empty_like(rows), torch.empty_like(rows)
+    target, level = torch.empty_like(rows[0]), torch.empty_like(rows[0])
     for j in range(len(rows)):
-        target = torch.addmv(rows[j], errors[:j].t(), u[:j, j], alpha=-1) if j else rows[j]
-        codes[j] = quantize(target, scales[j], zeros[j], bits)
-        value = dequantize(codes[j], scales[j], zeros[j])
-        errors[j] = ((target if start is None else start[j]) - value) / pivots[j]
-    return codes, errors
+        target = torch.addmv(rows[j], errors[:j].t(), follow[:j, j], alpha=-1) if j else rows[0]
+        torch.div(target, scales[j], out=level).round_()
+        torch.clamp(level, lowest[j], highest[j], out=levels[j])
+        # what stands in its place less what it was to be
+        torch.addcmul(target if start is None else start[j], levels[j], scales[j], value=-1, out=errors[j])
+    return levels - lowest, errors / u.diagonal().unsqueeze(1)
 
 
 def descend(
@@ -138,18 +140,19 @@ def descend(
     https://arxiv.org/abs/2309.01885). weight, codes, scale, zero: [N, K]. hessian: [K, K], positive diagonal.
     """
     value = dequantize(codes, scale, zero)
-    slope = ((value - weight) @ hessian).t().contiguous()  # half the gradient, [K, N]
+    slope = product(hessian, (value - weight).t())  # half the gradient, [K, N]
     value, scales, zeros = (t.t().contiguous() for t in (value, scale, zero))
     result = torch.empty_like(slope)
-    rounded = _span_rounder(slope.device)
+    rounded = span_rounder(slope.device)
     for start in range(0, len(slope), span):
-        here = slice(start, min(start + span, len(slope)))
+        end = min(start + span, len(slope))
+        here = slice(start, end)
         pivots = hessian.diagonal()[here]
         pull = hessian[here, here] / pivots  # what a move of feature i does to the best place of feature j
         pull.fill_diagonal_(-1.0)
         best = value[here] - slope[here] / pivots.unsqueeze(1)
         result[here], moves = rounded(best, pull, scales[here], zeros[here], bits, value[here])
-        slope.addmm_(hessian[:, here], moves)
+        slope[end:].addmm_(hessian[end:, here], moves)
     return result.t()
 
 
@@ -162,22 +165,46 @@ def best_scales(
     the scales one has. weight, levels = code - zero: [N, K]. group_of: int64 [K]. A scale that would change its sign or
     by more than half is kept.
     """
+    # One group's features next to each other: already so, but where groups were fixed before features were ordered.
+    owners = group_of.tolist()
+    runs = [owner for i, owner in enumerate(owners) if not i or owner != owners[i - 1]]
+    if len(runs) > scales.shape[1]:
+        order = torch.argsort(group_of, stable=True)
+        weight, levels, hessian = weight[:, order], levels[:, order], hessian[order][:, order]
+        owners = group_of[order].tolist()
+        runs = list(range(scales.shape[1]))
+    counts = Counter(owners)
+    sizes = [counts[run] for run in runs]
+    at = torch.tensor(runs, device=scales.device)
     rows = max(1, _NORMAL_ELEMENTS // scales.shape[1] ** 2)
-    parts = zip(weight.split(rows), levels.split(rows), scales.split(rows), strict=True)
-    solved = torch.cat([_solve_rows(w, level, scale, group_of, hessian) for w, level, scale in parts])
+    parts = zip(weight.split(rows), levels.split(rows), scales[:, at].split(rows), strict=True)
+    solved = torch.empty_like(scales)
+    solved[:, at] = torch.cat([_solve_rows(w, level, scale, sizes, hessian) for w, level, scale in parts])
     sound = ((solved / scales) - 1).abs() < 0.5  # false for NaN too
     return storable_scale(torch.where(sound, solved, scales), dtype)
 
 
-def _solve_rows(weight: Tensor, levels: Tensor, scales: Tensor, group_of: Tensor, hessian: Tensor) -> Tensor:
-    groups = scales.shape[1]
-    member = torch.nn.functional.one_hot(group_of, groups).float()  # [K, G]
-    right = (weight @ hessian * levels) @ member
-    normal = torch.empty(len(weight), groups, groups, device=weight.device)
-    for g in range(groups):
-        columns = (group_of == g).nonzero().flatten()
-        normal[:, g] = (levels[:, columns] @ hessian[columns] * levels) @ member
+def _solve_rows(
+    weight: Tensor, levels: Tensor, scales: Tensor, sizes: Sequence[int], hessian: Tensor
+) -> Tensor:
+    """Scales [N, G] of groups of `sizes` features, which follow each other."""
+    size, groups = max(sizes), len(sizes)
+
+    def by_group(x: Tensor, first: int = 0) -> Tensor:
+        """Sums [N, G - first] over the features of each group, x [N, K] beginning with group `first`."""
+        if sizes[first:] == [size] * (groups - first):
+            return x.view(len(x), -1, size).sum(-1)
+        return torch.stack([part.sum(1) for part in x.split(sizes[first:], 1)], 1)
+
+    right = by_group(product(weight, hessian).mul_(levels))
+    normal = torch.zeros(len(weight), groups, groups, device=weight.device)
+    start = 0
+    for g, own in enumerate(sizes):  # the upper half; the matrix is symmetric
+        here = product(levels[:, start : start + own], hessian[start : start + own, start:])
+        normal[:, g, g:] = by_group(here.mul_(levels[:, start:]), g)
+        start += own
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = _RIDGE * diagonal + 1e-6 * diagonal.mean(1, keepdim=True) + 1e-20
-    solved: Tensor = torch.linalg.solve(normal + torch.diag_embed(ridge), right + ridge * scales)
+    normal = normal.triu() + normal.triu(1).mT + torch.diag_embed(ridge)
+    solved: Tensor = torch.linalg.solve(normal, right + ridge * scales)
     return solved

@@ -208,4 +208,4 @@ def _rescale(moments: Mapping[str, SecondMoment], fold: Fold, s: Tensor) -> None
     """What the moments are once `s` is folded: of x / s."""
     features = s[fold.source]
     for moment in {id(moments[n]): moments[n] for n in fold.consumers if n in moments}.values():
-        moment.matrix /= features.unsqueeze(1) * features
+        moment.upper /= features.unsqueeze(1) * features

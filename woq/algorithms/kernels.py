@@ -1,0 +1,110 @@
+"""Which implementation rounds a span and searches a group's grid on a device: a Triton kernel where it proves right.
+
+Each kernel is run once a process and device against the torch version beside it. Where Triton is missing, does not
+compile or computes something else, a warning says why, and the torch versions serve: the same codes, many times slower on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from woq.quant import Search, group_factors, group_params, smallest_scale
+
+_SPAN, _ROWS, _BITS = 40, 96, 4  # of the check: sizes that fill no block
+
+
+def kernels_on(device: torch.device) -> bool:
+    """Whether the Triton kernels serve on `device`. The first call on a device tries them out."""
+    return device.type != "cpu" and _tried(device) is None
+
+
+@functools.cache
+def _tried(device: torch.device) -> str | None:
+    """None where the kernels are right, else what is wrong, which a warning has said."""
+    try:
+        wrong = check(device)
+    except Exception as error:  # noqa: BLE001 - whatever a missing compiler or driver raises; it is told
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None:
+        warnings.warn(
+            f"the Triton kernels of GPTQ cannot be used on {device}, quantizing will be slow: {wrong}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return wrong
+
+
+def check(device: torch.device) -> str | None:
+    """Run both kernels beside the torch versions on fixed random numbers; what differs, None if nothing does."""
+    from woq.algorithms import rounding, rounding_triton
+
+    generator = torch.Generator().manual_seed(0)
+    rows, start = torch.randn(2, _SPAN, _ROWS, generator=generator).to(device)
+    u = torch.randn(_SPAN, _SPAN, generator=generator).mul_(0.1).triu_(1) + torch.eye(_SPAN) * 0.7
+    costs = (torch.rand(_SPAN, generator=generator) + 0.1).to(device)
+    u = u.to(device)
+    for sym in (True, False):
+        expected = group_params(rows.t(), _BITS, sym, torch.float16, "mse", costs)
+        found = _search_in_kernel(rows, _BITS, sym, torch.float16, "mse", costs)
+        for what, a, b in zip(("scales", "zeros"), expected, found, strict=True):
+            if (a == b).float().mean() < 0.95:  # two candidates may be equally good but for rounding
+                return f"the search's {what} differ from torch's by up to {float((a - b).abs().max()):.3g}"
+        scale, zero = (t.unsqueeze(0) for t in expected)
+        for begun in (None, start):
+            naive = rounding.round_span(rows, u, scale, zero, _BITS, begun)
+            fused = rounding_triton.round_span(rows, u, scale, zero, _BITS, begun)
+            same = (naive[0] == fused[0]).all(
+                0
+            )  # a code on the border of two moves all that come after it in its row
+            if same.float().mean() < 0.95 or not torch.allclose(
+                naive[1][:, same], fused[1][:, same], atol=1e-4
+            ):
+                return f"{int((~same).sum())} of {_ROWS} rows are rounded to other codes than torch's"
+    return None
+
+
+def span_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`rounding.round_span`, or its kernel."""
+    if kernels_on(device):
+        from woq.algorithms.rounding_triton import round_span as in_one_kernel
+
+        return in_one_kernel
+    from woq.algorithms.rounding import round_span
+
+    return round_span
+
+
+def search_group(
+    rows: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype, search: Search, costs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [N] of one group, rows float32 [gs, N]; `costs` float32 [gs]. See `quant.group_params`."""
+    if search == "mse" and kernels_on(rows.device):
+        from woq.algorithms.search_triton import LONGEST
+
+        if len(rows) <= LONGEST:
+            return _search_in_kernel(rows, bits, sym, scale_dtype, search, costs)
+    return group_params(rows.t(), bits, sym, scale_dtype, search, costs)
+
+
+def _search_in_kernel(
+    rows: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype, search: Search, costs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from woq.algorithms.search_triton import best_params
+
+    if costs is None:
+        costs = torch.ones(len(rows), device=rows.device)
+    factors = _factors_on(bits, sym, search, rows.device)
+    return best_params(rows, costs, factors, bits, sym, scale_dtype, smallest_scale(scale_dtype))
+
+
+@functools.lru_cache(maxsize=32)
+def _factors_on(bits: int, sym: bool, search: Search, device: torch.device) -> Tensor:
+    factors = torch.tensor(group_factors(bits, sym, search))
+    if sym:
+        factors = factors * (2 / ((1 << bits) - 1))
+    return factors.to(device)
