@@ -17,7 +17,7 @@ from woq.algorithms.rtn import round_to_nearest
 from woq.algorithms.scaling import Consumer, round_by_output
 from woq.configs import AwqConfig
 from woq.folds import Fold
-from woq.quant import _asymmetric, _factors, _symmetric, dequantize, quantize
+from woq.quant import _asymmetric, group_factors, _symmetric, dequantize, quantize
 from woq.replay import BlockCall, BlockInputs
 
 K, GROUP = 64, 16
@@ -120,7 +120,7 @@ def test_clipping_minimises_the_groups_output_error(bits: int, sym: bool) -> Non
     spec = spec_of(nn.Linear(K, 6), bits, GROUP, sym=sym)
     got = round_by_output(weight, spec, moment_of(x)).dequantize()
     ridge = 0.01 * float(moment_of(x).diagonal().mean())
-    choose, shares = (_symmetric if sym else _asymmetric), torch.tensor(_factors(bits, sym, "mse"))
+    choose, shares = (_symmetric if sym else _asymmetric), torch.tensor(group_factors(bits, sym, "mse"))
 
     def error(difference: Tensor, inputs: Tensor) -> float:
         return float((inputs @ difference).square().mean() + ridge * difference.square().sum())
