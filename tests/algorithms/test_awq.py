@@ -17,7 +17,7 @@ from woq.algorithms.rtn import round_to_nearest
 from woq.algorithms.scaling import Consumer, round_by_output
 from woq.configs import AwqConfig
 from woq.folds import Fold
-from woq.quant import _asymmetric, group_factors, _symmetric, dequantize, quantize
+from woq.quant import _asymmetric, _symmetric, dequantize, group_factors, quantize
 from woq.replay import BlockCall, BlockInputs
 
 K, GROUP = 64, 16
