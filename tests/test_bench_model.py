@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,5 +24,5 @@ def test_packs_in_place_and_measures_both_phases() -> None:
     assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 7
     after = model(torch.arange(8)[None]).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05
-    assert len(bench.decode_rates(model, 4, 2, 2)) == 2
+    assert len(bench.decode_rates(model, 4, 2, 2, nullcontext())) == 2
     assert len(bench.prefill_times(model, 8, 2)) == 2

@@ -12,7 +12,7 @@ import woq
 PUBLIC = [
     "AutoModelForCausalLM", "AutoRoundConfig", "AwqConfig", "BackendError", "CalibrationError", "CheckpointError",
     "ConfigError", "GPTQConfig", "QuantConfig", "QuantLinear", "QuantizationError", "RtnConfig", "TeqConfig",
-    "WoqConfig", "WoqError", "__version__", "config_from_dict", "preset", "quantize", "quantize_folder", "save_pretrained",
+    "WoqConfig", "WoqError", "__version__", "config_from_dict", "fuse_shared_inputs", "preset", "quantize", "quantize_folder", "save_pretrained",
 ]  # fmt: skip
 MODULES = ["woq", "woq.calibration", "woq.configs", "woq.evaluation"]
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from woq.modeling import AutoModelForCausalLM, quantize_folder
     from woq.quantization import quantize
     from woq.saving import save_pretrained
+    from woq.shared_input import fuse_shared_inputs
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ _HOMES = {
     "woq.modeling": ("AutoModelForCausalLM", "quantize_folder"),
     "woq.quantization": ("quantize",),
     "woq.saving": ("save_pretrained",),
+    "woq.shared_input": ("fuse_shared_inputs",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -79,6 +81,7 @@ __all__ = [
     "WoqError",
     "__version__",
     "config_from_dict",
+    "fuse_shared_inputs",
     "preset",
     "quantize",
     "quantize_folder",

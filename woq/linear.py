@@ -8,7 +8,7 @@ that of the reference: adapters train on top of any backend.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from woq.backends import choose
 from woq.backends.base import Backend, Target
 from woq.weights import PackedWeight, WeightSpec
+
+if TYPE_CHECKING:
+    from woq.shared_input import SharedInput
 
 
 class QuantLinear(nn.Module):
@@ -32,6 +35,8 @@ class QuantLinear(nn.Module):
         self._backend: Backend[Any] | None = None
         self._state: Any = None
         self._target: Target | None = None
+        self.shared: SharedInput | None = None
+        """Set where other linears read the same input and all run as one (`woq.fuse_shared_inputs`)."""
 
     @property
     def spec(self) -> WeightSpec:
@@ -51,12 +56,15 @@ class QuantLinear(nn.Module):
     @property
     def backend(self) -> str | None:
         """The name of the backend in use; None before the first input."""
+        if self.shared is not None:
+            return self.shared.backend
         return None if self._backend is None else self._backend.name
 
     @property
     def qweight(self) -> Tensor:
         """The packed codes, on the device that the layer runs on: PEFT and others look here for it."""
-        return self.packed.qweight if self._target is None else self.packed.qweight.to(self._target.device)
+        target = self._target if self.shared is None else self.shared.target
+        return self.packed.qweight if target is None else self.packed.qweight.to(target.device)
 
     def prepare(self, target: Target) -> None:
         """Choose a backend for `target` and give it the weight. Raises BackendError where there is none."""
@@ -64,15 +72,21 @@ class QuantLinear(nn.Module):
         self._state = self._backend.prepare(self.packed, target)
         self._target = target
 
+    def share(self, group: SharedInput) -> None:
+        """Compute with others from now on; what was prepared for this layer alone is given up."""
+        self.shared = group
+        self._backend = self._state = self._target = None
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
+        trains = torch.is_grad_enabled() and x.requires_grad
+        if self.shared is not None and not trains:
+            y = self.shared.output(x, self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if self._target is None or self._target.device != x.device or self._target.dtype != x.dtype:
             self.prepare(Target(x.device, x.dtype))
         assert self._backend is not None
-        if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _WithInputGradient.apply(x, self)  # type: ignore[no-untyped-call]
-        else:
-            y = self._backend.apply(x, self._state)
+        y = _WithInputGradient.apply(x, self) if trains else self._backend.apply(x, self._state)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,6 +124,8 @@ class QuantLinear(nn.Module):
         if own:
             self.packed = PackedWeight.from_tensors(self.spec, own, prefix.removesuffix("."))
             self._target = None  # whatever was prepared is stale
+            if self.shared is not None:
+                self.shared.forget()
         elif strict:
             missing_keys.extend(prefix + name for name in self.packed.tensors())
         super()._load_from_state_dict(
