@@ -5,8 +5,8 @@
 The model is made on the device; after the bf16 figures every linear of its decoder layers is rounded to nearest and replaced
 by a `QuantLinear`, in place, and those that share an input are fused, so that nothing is written to disk and both runs share
 everything else. Decoding: batch 1, static cache, one step in a CUDA graph, every token the argmax of the step before.
-Prefill: one forward of 2048 tokens. In both runs, unless --eager, torch.compile fuses what is around the linears: for
-decoding each decoder layer as a whole, for prefill norms, rotary embedding and the gated activation.
+Prefill: one forward of 2048 tokens. In both runs torch.compile fuses what is around the linears: norms, rotary embedding and
+the gated activation, or with `--compile layers`, for decoding, each decoder layer as a whole.
 """
 
 from __future__ import annotations
@@ -190,7 +190,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--compile",
+        choices=["nothing", "parts", "layers"],
+        default="parts",
+        help="what torch.compile fuses around the linears; layers: for decoding, minutes for 32 of them",
+    )
     parser.add_argument("--apart", action="store_true", help="do not fuse linears that share an input")
     parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
     return parser.parse_args()
@@ -204,7 +209,7 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
     )
-    if not args.eager:
+    if args.compile != "nothing":
         compile_small_parts()
     model = llama(args.layers, args.hidden, args.vocabulary, args.device)
     new = not args.out.exists()
@@ -230,7 +235,7 @@ def main() -> None:
                         args.prompt,
                         args.steps,
                         args.repeats,
-                        nullcontext() if args.eager else compiled_layers(model),
+                        compiled_layers(model) if args.compile == "layers" else nullcontext(),
                     ),
                 ),
                 ("prefill", "ms", prefill_times(model, args.prefill, args.repeats)),
