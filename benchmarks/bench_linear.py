@@ -1,7 +1,7 @@
 """Time of one quantized linear, kernel by kernel, on one GPU: ours, cuBLAS, and the peers that are installed.
 
-    python benchmarks/bench_linear.py --out benchmarks/results/linear_h200.csv
-    python benchmarks/bench_linear.py --plot benchmarks/results/linear_h200.csv
+    python -m benchmarks.bench_linear --out benchmarks/results/linear_h200.csv
+    python -m benchmarks.bench_linear --plot benchmarks/results/linear_h200.csv
 
 Every implementation gets the same random weights for R distinct layers, R large enough that the packed weights exceed the
 L2 cache several times over; one CUDA graph runs the R layers in turn; a replay's time over R is one sample. The shapes
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common import current_commit, random_weight
 from woq.backends.base import Backend, Target
 from woq.backends.cuda import CudaBackend
 from woq.backends.triton import TritonBackend
@@ -129,21 +129,6 @@ def humming(weight: QuantizedWeight, dtype: torch.dtype) -> Linear:
 BACKENDS = {f.__name__: f for f in (cublas, cuda, triton, tinygemm, humming, gemlite)}
 
 
-def random_weight(spec: WeightSpec, seed: int) -> QuantizedWeight:
-    gen = torch.Generator("cuda").manual_seed(seed)
-    n, k, g, top = spec.out_features, spec.in_features, spec.groups, 1 << spec.bits
-    on: Any = {"device": "cuda", "generator": gen}
-    zeros = torch.full((n, g), top // 2, device="cuda") if spec.sym else torch.randint(0, top, (n, g), **on)
-    order = (torch.randperm(k, **on) // spec.group_size).int() if spec.desc_act else None
-    return QuantizedWeight(
-        spec=spec,
-        codes=torch.randint(0, top, (n, k), dtype=torch.uint8, **on),
-        scales=(torch.rand(n, g, **on) * 0.01 + 0.005).to(spec.scale_dtype),
-        zeros=zeros.to(torch.uint8),
-        g_idx=order,
-    )
-
-
 def microseconds(layers: list[Linear], x: Tensor, replays: int) -> list[float]:
     """Time per layer of each replay of one graph over all layers."""
     stream = torch.cuda.Stream()
@@ -184,7 +169,7 @@ def measure(
     count = max(4, int(FOOTPRINT // packed))
     layers = []
     for seed in range(count):
-        weight = random_weight(spec, seed)
+        weight = random_weight(spec, seed, "cuda")
         layers.append(BACKENDS[name](weight, dtype))
         if seed == 0:
             check(layers[0], torch.randn(4, k, dtype=dtype, device="cuda"), weight)
@@ -214,12 +199,7 @@ def measure(
 
 
 def run(args: argparse.Namespace) -> None:
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or current_commit()
     dtype = getattr(torch, args.dtype)
     constant = {
         "commit": commit,
