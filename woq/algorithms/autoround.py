@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.algorithms.gptq import Gptq
+from woq.algorithms.kernels import fake_quantizer
 from woq.algorithms.rtn import Rtn
-from woq.algorithms.tunable import FakeQuantize, Tunable, fake_quantize, plain_fake_quantize
+from woq.algorithms.tunable import FakeQuantize, Tunable, plain_fake_quantize
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
 from woq.phases import phase
@@ -42,7 +43,6 @@ class AutoRound(Algorithm[AutoRoundConfig]):
 
     def __init__(self, config: AutoRoundConfig) -> None:
         super().__init__(config)
-        self.quantizer = torch.compile(plain_fake_quantize) if config.compile else fake_quantize
         self.starter: Algorithm[Any] = Gptq(GPTQConfig()) if config.init == "gptq" else Rtn(RtnConfig())
 
     @property
@@ -62,10 +62,19 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         begun = self.starter.quantize_block(block, specs, inputs.batches(training))
         tunables = [
             Tunable.start({n: weights[n] for n in names}, {n: begun[n].weight for n in names})
-            for names in _alike(specs)
+            for names in _alike(specs, modules)
         ]
         given = inputs if self.config.enable_quanted_input else inputs.in_float()
-        tuning = Tuning(block, modules, tunables, self.quantizer, given, targets, training, held_out)
+        tuning = Tuning(
+            block,
+            modules,
+            tunables,
+            self._quantizer(inputs.device, specs),
+            given,
+            targets,
+            training,
+            held_out,
+        )
         with phase("training"):
             before, after = self._train(tuning)
         note = f"block error {before:.3g} -> {after:.3g}"
@@ -78,6 +87,11 @@ class AutoRound(Algorithm[AutoRoundConfig]):
                     quantized, after, start.tokens, start.damping, f"{start.note}; {note}".lstrip("; ")
                 )
         return {name: results[name] for name in specs}
+
+    def _quantizer(self, device: torch.device, specs: Mapping[str, WeightSpec]) -> FakeQuantize:
+        if self.config.compile:
+            return torch.compile(plain_fake_quantize)
+        return fake_quantizer(device, max(spec.group_size for spec in specs.values()))
 
     def _targets(self, block: nn.Module, inputs: BlockInputs) -> list[Tensor]:
         """What the block's outputs are to be, [B, L, H] a batch, where the inputs are."""
@@ -194,9 +208,9 @@ class Tuning:
         """Run the block with the tunables' weights in place of its own."""
         weights = {}
         for tunable in self.tunables:
-            for name, weight in tunable.weights(self.quantizer).items():
+            dtype = self.modules[next(iter(tunable.rows))].weight.dtype
+            for name, weight in tunable.weights(self.quantizer, dtype).items():
                 module = self.modules[name]
-                weight = weight.to(module.weight.dtype)
                 key = f"{name}.weight".lstrip(".")
                 weights[key] = weight.t() if isinstance(module, Conv1D) else weight
         if call.hidden_by_keyword:
@@ -218,7 +232,8 @@ class _SignSgd(torch.optim.Optimizer):
 
 
 def _adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+    on_cuda = groups[0]["params"][0].is_cuda
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True if on_cuda else None)
 
 
 _OPTIMIZERS = {"signsgd": _SignSgd, "adam": _adam}
@@ -230,9 +245,10 @@ def _split(batches: int) -> tuple[list[int], list[int]]:
     return [i for i in range(batches) if i not in held_out] or [0], held_out
 
 
-def _alike(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
+def _alike(specs: Mapping[str, WeightSpec], modules: Mapping[str, Linear]) -> list[list[str]]:
     """Linears whose groups can stand in one matrix."""
     parts: dict[tuple[object, ...], list[str]] = {}
     for name, spec in specs.items():
-        parts.setdefault((spec.group_size, spec.sym, spec.scale_dtype), []).append(name)
+        dtype = modules[name].weight.dtype
+        parts.setdefault((spec.group_size, spec.sym, spec.scale_dtype, dtype), []).append(name)
     return list(parts.values())

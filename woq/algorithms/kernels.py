@@ -1,4 +1,4 @@
-"""Which implementation rounds a span and searches a group's grid on a device: a Triton kernel where it proves right.
+"""Which implementation rounds a span, searches a group's grid and trains roundings on a device: a Triton kernel where it proves right.
 
 Each kernel is run once a process and device against the torch version beside it. Where Triton is missing, does not
 compile or computes something else, a warning says why, and the torch versions serve: the same codes, many times slower on a GPU.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from woq.algorithms.tunable import FakeQuantize, fake_quantize
 from woq.quant import Search, group_factors, group_params, smallest_scale
 
 _SPAN, _ROWS, _BITS = 40, 96, 4  # of the check: sizes that fill no block
@@ -32,7 +33,7 @@ def _tried(device: torch.device) -> str | None:
         wrong = f"{type(error).__name__}: {error}"
     if wrong is not None:
         warnings.warn(
-            f"the Triton kernels of GPTQ cannot be used on {device}, quantizing will be slow: {wrong}",
+            f"the Triton kernels of GPTQ and AutoRound cannot be used on {device}, quantizing will be slow: {wrong}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -40,7 +41,7 @@ def _tried(device: torch.device) -> str | None:
 
 
 def check(device: torch.device) -> str | None:
-    """Run both kernels beside the torch versions on fixed random numbers; what differs, None if nothing does."""
+    """Run the kernels beside the torch versions on fixed random numbers; what differs, None if nothing does."""
     from woq.algorithms import rounding, rounding_triton
 
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +66,39 @@ def check(device: torch.device) -> str | None:
                 naive[1][:, same], fused[1][:, same], atol=1e-4
             ):
                 return f"{int((~same).sum())} of {_ROWS} rows are rounded to other codes than torch's"
+    return _check_fake_quantize(device)
+
+
+def fake_quantizer(device: torch.device, longest: int) -> FakeQuantize:
+    """`tunable.fake_quantize`, or its kernels. longest: the largest group's size."""
+    if kernels_on(device):
+        from woq.algorithms.tunable_triton import LONGEST, fused_fake_quantize
+
+        if longest <= LONGEST:
+            return fused_fake_quantize
+    return fake_quantize
+
+
+def _check_fake_quantize(device: torch.device) -> str | None:
+    """The training's kernels and their gradients beside the torch version's, as `check` does it."""
+    from woq.algorithms.tunable_triton import fused_fake_quantize
+
+    generator = torch.Generator().manual_seed(1)
+    latent, pull = torch.randn(2, _ROWS, _SPAN, generator=generator).to(device)
+    offset = (torch.rand(_ROWS, _SPAN, generator=generator) - 0.5).to(device).requires_grad_()
+    scale = (torch.rand(_ROWS, 1, generator=generator) * 0.2 + 0.05).to(device).requires_grad_()
+    zero = torch.randint(0, 16, (_ROWS, 1), generator=generator).float().to(device).requires_grad_()
+    top = torch.full_like(scale, 15.0, requires_grad=False)
+    trained = (offset, scale, zero)
+    results = []
+    with torch.enable_grad():
+        for quantizer in (fake_quantize, fused_fake_quantize):
+            weights = quantizer(latent, *trained, top, torch.float32)
+            results.append([weights, *torch.autograd.grad((weights * pull).sum(), trained)])
+    for what, a, b in zip(("weights", "offset", "scale", "zero"), *results, strict=True):
+        wrong = ~torch.isclose(a, b, rtol=1e-3, atol=1e-3)
+        if wrong.float().mean() > 0.02:
+            return f"training: {what} differs from torch's by up to {float((a - b).abs().max()):.3g}"
     return None
 
 

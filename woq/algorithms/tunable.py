@@ -53,21 +53,27 @@ class _FakeQuantize(torch.autograd.Function):
         return None, to_offset, to_scale, to_zero, None
 
 
-# (latent, offset [T, gs], scale, zero, top [T, 1]) -> weights [T, gs]
-FakeQuantize = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (latent, offset [T, gs], scale, zero, top [T, 1], dtype) -> weights [T, gs] in dtype
+FakeQuantize = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
-def fake_quantize(latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+def fake_quantize(
+    latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor, dtype: torch.dtype
+) -> Tensor:
     """s (clamp(round(L / s + z + offset), 0, m) - z), differentiable in offset, scale and zero."""
     result: Tensor = _FakeQuantize.apply(latent, offset, scale, zero, top)  # type: ignore[no-untyped-call]
-    return result
+    return result.to(dtype)
 
 
-def plain_fake_quantize(latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+def plain_fake_quantize(
+    latent: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The same in plain autograd: what `torch.compile` fuses, forward and backward, and what tests hold ours against."""
     position = latent / scale + offset + zero
     rounded = _straight_through(position, position.detach().round())
-    return (torch.where(rounded < 0, 0.0, torch.where(rounded > top, top, rounded)) - zero) * scale
+    return ((torch.where(rounded < 0, 0.0, torch.where(rounded > top, top, rounded)) - zero) * scale).to(
+        dtype
+    )
 
 
 def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -143,12 +149,17 @@ class Tunable:
         )
         return scale, zero
 
-    def weights(self, quantizer: FakeQuantize = fake_quantize) -> dict[str, Tensor]:
-        """float32 [N, K] of every linear, differentiable."""
-        flat = quantizer(self.latent, self.offset, *self.grid(), self.top)
+    def weights(
+        self, quantizer: FakeQuantize = fake_quantize, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """[N, K] of every linear in `dtype`, differentiable."""
+        flat = quantizer(self.latent, self.offset, *self.grid(), self.top, dtype)
+        parts = flat.split(
+            [rows.stop - rows.start for rows in self.rows.values()]
+        )  # slices' gradients would be full-sized
         return {
-            name: flat[rows].view(self.specs[name].out_features, -1)[:, : self.specs[name].in_features]
-            for name, rows in self.rows.items()
+            name: part.view(self.specs[name].out_features, -1)[:, : self.specs[name].in_features]
+            for name, part in zip(self.rows, parts, strict=True)
         }
 
     @torch.no_grad()
