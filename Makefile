@@ -4,7 +4,7 @@
 #   make test                              linters, types, tests; `make check` is the same
 #   make format                            put the code into its canonical form
 #   make test-ipex                         see Makefile.ipex
-#   make test-interop, make test-vllm      see Makefile.interop
+#   make test-interop, make test-vllm, make test-eval      see Makefile.interop
 #   make bench-cpu                         see Makefile.bench
 #
 # PYTHON      the interpreter that .venv is made from
@@ -50,6 +50,6 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-ipex .venv-interop .venv-vllm .venv-bench build dist woq.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ipex .venv-interop .venv-vllm .venv-eval .venv-bench build dist woq.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 -include Makefile.cuda Makefile.ipex Makefile.interop Makefile.bench

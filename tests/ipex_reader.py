@@ -3,6 +3,8 @@
     python -m tests.ipex_reader selftest OUT              the self-test's rows, as JSON
     python -m tests.ipex_reader woq|ipex OUT FOLDER...    logits of each folder, float32 and bfloat16, as safetensors
 
+`ipex.llm.optimize` takes bfloat16 only on processors with AVX-512 or AVX-NE-CONVERT; elsewhere float32 stands alone.
+
 "woq" loads a folder with `backend="ipex"`; "ipex" with `ipex.llm.optimize(low_precision_checkpoint=...)`.
 """
 
@@ -50,6 +52,16 @@ def through_ipex(folder: str, dtype: torch.dtype) -> Any:
     )
 
 
+def dtypes(mode: str) -> dict[str, torch.dtype]:
+    """What `mode` can run in here."""
+    if mode == "ipex":
+        import intel_extension_for_pytorch._C as core
+
+        if not core.onednn_has_bf16_support():
+            return {"float32": torch.float32}
+    return DTYPES
+
+
 def main(mode: str, out: str, *folders: str) -> None:
     """See the module's head."""
     if mode == "selftest":
@@ -62,7 +74,7 @@ def main(mode: str, out: str, *folders: str) -> None:
     logits = {}
     for folder in folders:
         ids = load_file(f"{folder}/ids.tensors")["ids"]
-        for name, dtype in DTYPES.items():
+        for name, dtype in dtypes(mode).items():
             with torch.no_grad():
                 logits[f"{Path(folder).name} {name}"] = load(folder, dtype)(ids).logits.float().contiguous()
     save_file(logits, out)

@@ -252,21 +252,41 @@ def evaluate(
     tokens: Annotated[str | None, typer.Option(help="FILE.safetensors[:tensor] of token ids [windows, length].")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window of text; left out: 2048, or what the model has.")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use the first windows only.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows, or requests of a task, at once.")] = 8,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks instead, with commas between.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of tasks: examples in a prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of tasks: samples at most, to try.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Task files of your own.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Annotated[str, typer.Option(help="auto, or a name that `woq doctor` lists.")] = "auto",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Perplexity of FOLDER in the standard protocol: non-overlapping windows, every next token scored."""
+    """Perplexity of FOLDER in the standard protocol: non-overlapping windows, every next token scored. Or lm-eval's tasks."""
     from woq.evaluation.folders import Request, evaluate_folder
+    from woq.evaluation.harness import by_figure, evaluate_tasks
 
+    result: dict[str, Any]
     request = Request(
         text=text, tokens=tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
     )
     options = {"device_map": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    result = evaluate_folder(folder, reference, request, backend=backend, **options)
+    if tasks is None:
+        result = evaluate_folder(folder, reference, request, backend=backend, **options)
+    else:
+        if (text, tokens, reference) != (None, None, None):
+            raise ConfigError(
+                "--tasks bring their own text", hint="leave out --text, --tokens and --reference"
+            )
+        how = {
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "batch_size": batch_size,
+            "task_folder": task_folder,
+        }
+        found = evaluate_tasks(folder, tasks.split(","), backend=backend, loading=options, **how)
+        result = found if as_json else by_figure(found)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:

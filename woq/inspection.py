@@ -108,6 +108,7 @@ def inspect_folder(
         facts.oddities = _float_oddities(model)
         facts.floats = _floats(tensors.index)
     else:
+        source.fit(model)
         _add_quantized(facts, model, source, target)
         facts.floats = _floats(source.floats)
     return facts
@@ -187,7 +188,7 @@ def _count(
     kind = kinds.setdefault((*like, *refused.items()), Kind(*like, refused))
     kind.layers += 1
     kind.weights += spec.in_features * spec.out_features
-    kind.bytes += sum(info.bytes for part, info in headers.items() if part != "bias")
+    kind.bytes += sum(info.bytes for part, info in headers.items() if part.rpartition(".")[2] != "bias")
 
 
 # --- what is unusual ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from woq.errors import CheckpointError
 from woq.interop.folder import QuantizedFolder
 from woq.linear import QuantLinear
 from woq.moe import is_fused_experts, unfuse_experts
-from woq.tensor_files import CONFIG, FLOATS, TensorFolder, TensorInfo, read_json
+from woq.tensor_files import CONFIG, FLOATS, read_json
 from woq.weights import WeightSpec
 
 Offload = Literal["auto", "always", "never"]
@@ -227,7 +227,7 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | None, backend: str, tru
         del config.quantization_config  # transformers would look for its own quantizer
     model = skeleton(config, dtype, trust_remote_code)
     source, specs = place_layers(model, folder, backend)
-    _place_floats(model, source.floats, source.tensors, dtype)
+    _place_floats(model, source, dtype)
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
@@ -246,14 +246,17 @@ def place_layers(model: Any, folder: Path, backend: str) -> tuple[QuantizedFolde
     fit each other.
     """
     source = QuantizedFolder(folder)
-    _unfuse_like(model, source.tensors)
+    source.fit(model)
+    unfuse_like(model, source)
     return source, _place_quantized(model, source, backend)
 
 
-def _unfuse_like(model: nn.Module, tensors: TensorFolder) -> None:
+def unfuse_like(model: nn.Module, source: QuantizedFolder) -> None:
     """Take fused experts apart where the folder holds them one by one, quantized or not."""
     for name, module in list(model.named_modules()):
-        if is_fused_experts(module) and any(key.startswith(f"{name}.0.") for key in tensors.index):
+        if is_fused_experts(module) and any(
+            key.startswith(f"{name}.0.") for key in (*source.layers, *source.floats)
+        ):
             parent = model.get_submodule(name.rpartition(".")[0])
             unfuse_experts(parent)
 
@@ -285,12 +288,10 @@ def _shape(linear: Linear) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
-def _place_floats(
-    model: Any, expected: Mapping[str, TensorInfo], tensors: TensorFolder, dtype: torch.dtype | None
-) -> None:
+def _place_floats(model: Any, source: QuantizedFolder, dtype: torch.dtype | None) -> None:
     wanted = model.state_dict()
     state = {}
-    for name, info in expected.items():
+    for name, info in source.floats.items():
         if name not in wanted:
             if _RECOMPUTED.match(name):
                 continue
@@ -301,7 +302,7 @@ def _place_floats(
             )
         if wanted[name].is_floating_point() and info.dtype not in FLOATS:
             raise CheckpointError(f"{info.file}: {name} is {info.dtype}, expected one of {sorted(FLOATS)}")
-        value = tensors.read(name)
+        value = source.read(name)
         state[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     model.load_state_dict(state, strict=False, assign=True)
 

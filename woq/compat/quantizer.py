@@ -112,6 +112,7 @@ class WoqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
+        from woq.interop.names import Naming
         from woq.linear import QuantLinear
         from woq.loading import place_layers
         from woq.moe import UnfusedExperts
@@ -126,7 +127,9 @@ class WoqQuantizer(HfQuantizer):
                 model.set_submodule(name, self._slots[name])
             elif isinstance(module, UnfusedExperts):
                 module.shell._is_hf_initialized = True  # its parameters are gone: nothing to draw at random
-        ours = "|".join(re.escape(name) for name in sorted(source.used - model.state_dict().keys()))
+        # transformers looks for what is left over among the names that it changed
+        used = source.used | set(map(Naming(model).renamed, source.used))
+        ours = "|".join(re.escape(name) for name in sorted(used - model.state_dict().keys()))
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^({ours})$"}
 

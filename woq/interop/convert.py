@@ -21,7 +21,7 @@ from woq.head import output_head
 from woq.interop import TARGETS, load
 from woq.interop.base import Summary, Writer
 from woq.interop.folder import QuantizedFolder
-from woq.loading import model_config, skeleton
+from woq.loading import model_config, skeleton, unfuse_like
 from woq.saving import copy_small_files
 from woq.tensor_files import CONFIG, read_json
 from woq.weights import GPTQ_V2, QuantizedWeight, WeightSpec
@@ -54,13 +54,12 @@ class Source(QuantizedFolder):
             del self.model_config.quantization_config
         self.model = skeleton(self.model_config, None, trust_remote_code)
         shapes = {name: weight_of(linear).shape for name, linear in linears(self.model).items()}
+        self.naming = self.fit(self.model)
+        unfuse_like(self.model, self)
         unknown = [name for name in self.layers if name not in shapes]
         if unknown:
             raise CheckpointError(
-                f"{folder}: layer {unknown[0]!r} is no linear of {type(self.model).__name__}",
-                hint="experts that were taken apart have names only woq knows"
-                if "experts" in unknown[0]
-                else None,
+                f"{folder}: layer {unknown[0]!r} is no linear of {type(self.model).__name__}"
             )
         self.shapes = {name: (int(n), int(k)) for name, (n, k) in shapes.items()}
 
@@ -69,21 +68,30 @@ class Source(QuantizedFolder):
         weight = self.packed(name, *self.shapes[name]).unpack()
         return replace(weight, spec=replace(weight.spec, double_quant=None), scale_codes=None)
 
+    def written(self, name: str) -> dict[str, QuantizedWeight]:
+        """Layer `name` under the names that other libraries know: what the model holds as one is several there."""
+        weight, names = self.weight(name), self.naming.theirs(name)
+        rows = weight.spec.out_features // len(names)
+        return {other: rows_of(weight, i * rows, rows) for i, other in enumerate(names)}
+
     def summary(self, form: Writer, to: str) -> Summary:
         """Every layer's spec, after `form` was asked for each whether it can hold it. Reads all layers once.
 
         Raises CheckpointError naming the first layer that it cannot hold, and why.
         """
-        modules, specs = dict(self.model.named_modules()), dict[str, WeightSpec]()
+        specs = dict[str, WeightSpec]()
         for name in self.layers:
-            weight = self.weight(name)
-            own = "its name is only woq's: experts were taken apart" if name not in modules else None
-            reason = own or form.why_not(weight)
-            if reason is not None:
-                raise CheckpointError(f"layer {name!r} cannot be converted to {to} without loss: {reason}")
-            specs[name] = weight.spec
-        floats = tuple(name for name in self.shapes if name not in specs)
-        return Summary(specs, floats, self._head())
+            for other, weight in self.written(name).items():
+                reason = form.why_not(weight)
+                if reason is not None:
+                    raise CheckpointError(
+                        f"layer {other!r} cannot be converted to {to} without loss: {reason}"
+                    )
+                specs[other] = weight.spec
+        floats = (
+            other for name in self.shapes if name not in self.layers for other in self.naming.theirs(name)
+        )
+        return Summary(specs, tuple(floats), self._head())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -164,15 +172,35 @@ def _parts(source: Source) -> Iterator[tuple[list[str], list[str]]]:
 
 def _tensors(source: Source, form: Writer, layers: list[str], floats: list[str]) -> Mapping[str, Tensor]:
     """What a part of the target holds, by full name."""
-    tensors = {name: source.tensors.read(name) for name in floats}
+    tensors: dict[str, Tensor] = {}
+    for name in floats:
+        others = source.naming.their_tensor(name)
+        tensors |= zip(others, source.read(name).chunk(len(others)), strict=True)
     for name in layers:
-        made = form.tensors(source.weight(name))
-        tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
+        pieces = source.written(name)
+        for other, weight in pieces.items():
+            tensors |= {f"{other}.{part}": tensor for part, tensor in form.tensors(weight).items()}
         expected = getattr(source.model.get_submodule(name), "bias", None) is not None
         bias = source.bias(name, source.shapes[name][0], expected)
         if bias is not None:
-            tensors[f"{name}.bias"] = bias
+            chunks = bias.chunk(len(pieces))
+            tensors |= {f"{other}.bias": chunk for other, chunk in zip(pieces, chunks, strict=True)}
     return tensors
+
+
+def rows_of(weight: QuantizedWeight, start: int, count: int) -> QuantizedWeight:
+    """`count` rows of a weight from row `start` on."""
+    rows = slice(start, start + count)
+    zeros = weight.zeros[rows]
+    middle = 1 << (weight.spec.bits - 1)
+    sym = weight.spec.sym or (weight.spec.data_type == "int" and bool((zeros == middle).all()))
+    return replace(
+        weight,
+        spec=replace(weight.spec, out_features=count, sym=sym),
+        codes=weight.codes[rows],
+        scales=weight.scales[rows],
+        zeros=zeros,
+    )
 
 
 # --- the check ---------------------------------------------------------------------------------------------------
@@ -187,6 +215,7 @@ def sample(layers: list[str]) -> tuple[str, ...]:
 def compare(source: Source, written: Path, layers: tuple[str, ...]) -> None:
     """Raises CheckpointError where a layer of the folder `written` is not bit for bit the source's."""
     target = QuantizedFolder(written)
+    target.fit(source.model)
     for name in layers:
         ours = source.weight(name)
         theirs = target.packed(name, *source.shapes[name]).unpack()

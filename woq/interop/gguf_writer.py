@@ -104,7 +104,7 @@ def _plans(source: Source, names: Any) -> Iterator[Plan]:
             yield _float_plan(source, names, f"{name}.bias", bias)
     for name in source.floats:
         if not name.endswith("rotary_emb.inv_freq"):
-            yield _float_plan(source, names, name, source.tensors.read(name))
+            yield _float_plan(source, names, name, source.read(name))
 
 
 def _blocks(source: Source, name: str) -> Tensor:
