@@ -3,6 +3,7 @@
 #   make demo [MODEL=<folder or hub id>]   quantize a small chat model, reload it, measure it, let it answer
 #   make test                              linters, types, tests; `make check` is the same
 #   make format                            put the code into its canonical form
+#   make cpu, make asan, make cuda         see Makefile.cpu, Makefile.cuda
 #   make test-ipex                         see Makefile.ipex
 #   make test-interop, make test-vllm, make test-eval      see Makefile.interop
 #   make bench-cpu                         see Makefile.bench
@@ -52,4 +53,4 @@ $(READY): pyproject.toml constraints.txt
 clean:
 	rm -rf .venv .venv-ipex .venv-interop .venv-vllm .venv-eval .venv-bench build dist woq.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
--include Makefile.cuda Makefile.ipex Makefile.interop Makefile.bench
+-include Makefile.cpu Makefile.cuda Makefile.ipex Makefile.interop Makefile.bench

@@ -123,22 +123,20 @@ def test_doctor_names_every_device_and_layer() -> None:
     found = json.loads(call("doctor", "--json").stdout)
     assert set(found["devices"]) == {"cuda", "xpu", "cpu"}
     assert found["versions"]["torch"] == torch.__version__
-    assert any(choice["backend"] == "cpu" for choice in found["choices"])
+    assert any(choice["backend"] in ("cpu", "torch") for choice in found["choices"])
     for choice in found["choices"]:  # whatever runs on the reference has been refused by somebody
         assert choice["backend"] != "reference" or choice["refused"]
     text = flat(call("doctor").stdout)
     assert "4 bit, group 128, act-order" in text and "quantizes on" in text
 
 
-def test_doctor_says_what_would_help() -> None:
+def test_doctor_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woq.native.why_not", lambda name: f"no compiler for the {name} kernels")
     found = json.loads(call("doctor", "--json").stdout)
-    on_cpu = {
-        (c["layer"], c["dtype"]): c["refused"].get("cpu", "")
-        for c in found["choices"]
-        if c["device"] == "cpu"
-    }
-    assert "it would with dtype bfloat16" in on_cpu["4 bit, group 128", "float32"]
-    assert "it would with group_size -1" in on_cpu["8 bit, group 128", "bfloat16"]
+    on_cpu = {(c["layer"], c["dtype"]): c["refused"] for c in found["choices"] if c["device"] == "cpu"}
+    assert on_cpu["4 bit, group 128", "float32"]["cpu"] == "no compiler for the cpu kernels"
+    assert "it would with dtype bfloat16" in on_cpu["4 bit, group 128", "float32"]["torch"]
+    assert "it would with group_size -1" in on_cpu["8 bit, group 128", "bfloat16"]["torch"]
 
 
 def test_doctor_survives_a_wrong_target_device(monkeypatch: pytest.MonkeyPatch) -> None:

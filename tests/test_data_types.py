@@ -134,12 +134,13 @@ def test_metadata_that_contradicts_the_tensors_is_refused(
         AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cpu")
 
 
-def test_inspect_tells_the_data_type(tmp_path: Path) -> None:
+def test_inspect_tells_the_data_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woq.native.why_not", lambda name: f"no compiler for the {name} kernels")
     quantized(tmp_path / "m", weight_dtype="fp4_e2m1", double_quant=True)
     facts = inspect_folder(tmp_path / "m", device="cpu", dtype=torch.bfloat16)
     (kind,) = facts.kinds
     assert (kind.data_type, kind.scales, kind.backend) == ("fp4_e2m1", "float16 as 8-bit codes", "reference")
-    assert "not fp4_e2m1" in kind.refused["cpu"]
+    assert "no compiler" in kind.refused["cpu"] and "not fp4_e2m1" in kind.refused["torch"]
     assert any("read by woq only" in oddity for oddity in facts.oddities)
 
 

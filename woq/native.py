@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,13 +41,18 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Library:
-    """How one library is built: its folder under `csrc`, its compiler, and the flags for this machine."""
+    """How one library is built: its folder under `csrc`, its compiler, and the flags for this machine.
+
+    compilers: what `compiler` looks for, for the message that it found none. own_flags: file name -> further flags.
+    """
 
     folder: str
     suffixes: tuple[str, ...]
     compiler: Callable[[], Path | None]
     flags: Callable[[], list[str]]
     link: tuple[str, ...] = ()
+    compilers: str = "nvcc of the CUDA toolkit"
+    own_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def find_nvcc() -> Path | None:
@@ -63,8 +68,42 @@ def cuda_flags(capability: tuple[int, int] | None = None) -> list[str]:
     return ["-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xcompiler=-fPIC"]
 
 
+def find_cpp() -> Path | None:
+    """A C++ compiler: the system's own, g++ or clang++."""
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return None if found is None else Path(found)
+
+
+def cpu_flags() -> list[str]:
+    """Flags that every file of the CPU kernels shares: for the oldest processor of this kind."""
+    return ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-Wno-psabi"]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# One binary holds the kernels for every instruction set; csrc/cpu/isa.cpp picks at run time.
+_INSTRUCTION_SETS = {
+    "kernels_portable.cpp": (
+        "-O1",
+    ),  # for tests: every processor of the last ten years has one of the others
+    "kernels_avx2.cpp": _AVX2,
+    "kernels_avx2_vnni.cpp": (*_AVX2, "-mavxvnni"),
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_avx512_vnni.cpp": (*_AVX512, "-mavx512vnni"),
+    "kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+}
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
 LIBRARIES = {
     "cuda": Library("cuda", (".cu", ".cpp"), find_nvcc, cuda_flags, ("-ldl",)),
+    "cpu": Library(
+        "cpu",
+        (".cpp",),
+        find_cpp,
+        cpu_flags,
+        compilers="g++ or clang++",
+        own_flags=_INSTRUCTION_SETS if _X86 else {},
+    ),
 }
 
 
@@ -100,6 +139,10 @@ def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | No
     packaged = PACKAGED / f"woq_{name}.so"
     if flags is None and packaged.exists():
         return packaged
+    return _cached_or_built(name, flags, cache)
+
+
+def _cached_or_built(name: str, flags: list[str] | None, cache: Path | None) -> Path:
     library = LIBRARIES[name]
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < STABLE_ABI:
@@ -111,7 +154,7 @@ def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | No
         raise BuildError(f"no compiled {name} kernels in the package, and no sources to build them from")
     compiler = library.compiler()
     if compiler is None:
-        raise BuildError(f"no compiler for the {name} kernels (nvcc of the CUDA toolkit)")
+        raise BuildError(f"no compiler for the {name} kernels ({library.compilers})")
     command = [str(compiler), *(library.flags() if flags is None else flags), *_torch_flags()]
     folder = (cache or cache_folder()) / f"{name}-{_key(library, command)}"
     target = folder / f"woq_{name}.so"
@@ -120,7 +163,21 @@ def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | No
         deadline = time.monotonic() + TIME_LIMIT
         with _locked(folder / "lock", deadline):
             if not target.exists():  # another process may have built it meanwhile
-                _build(command, list(library.link), sources, target, deadline)
+                _build(library, command, sources, target, deadline)
+    return target
+
+
+def build_into_package(name: str) -> Path:
+    """Put library `name`, built anew where its sources changed, into the package, as wheels carry it. `make cpu` runs it.
+
+    Raises BuildError with the reason.
+    """
+    built = _cached_or_built(name, None, None)
+    PACKAGED.mkdir(exist_ok=True)
+    target = PACKAGED / f"woq_{name}.so"
+    partial = target.with_suffix(".partial")
+    shutil.copyfile(built, partial)
+    partial.replace(target)
     return target
 
 
@@ -141,13 +198,14 @@ def _key(library: Library, command: list[str]) -> str:
     for path in sorted((SOURCES / library.folder).glob("*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     compiler = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=60).stdout
-    for part in (*command, torch.__version__, platform.machine()):
+    own = [f"{file}: {' '.join(flags)}" for file, flags in sorted(library.own_flags.items())]
+    for part in (*command, *own, torch.__version__, platform.machine()):
         digest.update(part.encode() + b"\0")
     digest.update(compiler)
     return digest.hexdigest()[:16]
 
 
-def _build(command: list[str], link: list[str], sources: list[Path], target: Path, deadline: float) -> None:
+def _build(library: Library, command: list[str], sources: list[Path], target: Path, deadline: float) -> None:
     """Compile every source by itself, side by side, and link."""
     jobs = min(len(sources), os.cpu_count() or 1)
     logger.warning(
@@ -162,7 +220,8 @@ def _build(command: list[str], link: list[str], sources: list[Path], target: Pat
         objects = [Path(scratch) / f"{source.stem}{source.suffix}.o" for source in sources]
 
         def compile_one(source: Path, to: Path) -> None:
-            _run([*command, "-c", str(source), "-o", str(to)], deadline)
+            own = library.own_flags.get(source.name, ())
+            _run([*command, *own, "-c", str(source), "-o", str(to)], deadline)
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(compile_one, sources, objects))
@@ -178,7 +237,7 @@ def _build(command: list[str], link: list[str], sources: list[Path], target: Pat
                 libraries,
                 "-ltorch_cpu",
                 "-lc10",
-                *link,
+                *library.link,
             ],
             deadline,
         )

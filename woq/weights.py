@@ -262,7 +262,7 @@ class PackedWeight:
             spec=spec,
             codes=self._unpack_codes(self.qweight, spec.in_features).contiguous(),
             scales=self.decoded_scales().contiguous(),
-            zeros=self._unpack_zeros().contiguous(),
+            zeros=self.decoded_zeros().contiguous(),
             g_idx=self.g_idx if spec.desc_act else None,
             scale_codes=coded,
         )
@@ -293,7 +293,8 @@ class PackedWeight:
             return packing.unpack_floor(words, spec.bits, columns)
         return packing.unpack_floor(words.t().contiguous(), spec.bits, spec.out_features).t()
 
-    def _unpack_zeros(self) -> Tensor:
+    def decoded_zeros(self) -> Tensor:
+        """The zero points [N, G], uint8 or (`int_float_zeros`) float."""
         spec, lay = self.spec, self.spec.layout
         if spec.is_codebook:
             shape = (spec.out_features, spec.groups)

@@ -16,6 +16,13 @@ SPEC = WeightSpec(64, 16, 4, 32, True)
 BF16 = Target(torch.device("cpu"), torch.bfloat16)
 FP32 = Target(torch.device("cpu"), torch.float32)
 NAMES = [entry.name for entry in BACKENDS]
+FP64 = Target(torch.device("cpu"), torch.float64)  # which no kernel computes in
+
+
+@pytest.fixture(autouse=True)
+def _built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing runs nothing: as on a machine where the compiled kernels are there."""
+    monkeypatch.setattr("woq.native.why_not", lambda name: None)
 
 
 @pytest.mark.parametrize("entry", BACKENDS, ids=NAMES)
@@ -36,9 +43,17 @@ def test_names_are_distinct_and_the_reference_comes_last() -> None:
 
 
 def test_the_best_that_can() -> None:
-    assert choose(SPEC, BF16).name == "cpu"
-    assert choose(SPEC, FP32).name == "reference"
+    assert choose(SPEC, BF16).name == choose(SPEC, FP32).name == "cpu"
+    assert choose(SPEC, FP64).name == "reference"
     assert choose(SPEC, BF16, "reference").name == "reference"
+
+
+def test_without_compiled_kernels_the_next_best_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woq.native.why_not", lambda name: f"no compiler for the {name} kernels")
+    assert choose(SPEC, BF16).name == "torch"
+    assert refusals(SPEC, BF16) == {"cpu": "no compiler for the cpu kernels"}
+    assert choose(SPEC, FP32).name == "reference"
+    assert list(refusals(SPEC, FP32)) == ["cpu", "torch"]
 
 
 def test_some_are_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +66,9 @@ def test_some_are_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_that_cannot_is_refused_with_its_reason() -> None:
     with pytest.raises(
-        BackendError, match=r"16x64, 4 bits \(int\), group 32, torch\.float32 on cpu: cpu: .*bfloat16 only"
+        BackendError, match=r"16x64, 4 bits \(int\), group 32, torch\.float32 on cpu: torch: .*bfloat16 only"
     ) as error:
-        choose(SPEC, FP32, "cpu")
+        choose(SPEC, FP32, "torch")
     assert error.value.hint is not None
     assert "reference" in error.value.hint
 
@@ -61,7 +76,7 @@ def test_a_backend_that_cannot_is_refused_with_its_reason() -> None:
 def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("woq.backends.BACKENDS", tuple(e for e in BACKENDS if e.name != "reference"))
     with pytest.raises(BackendError) as error:
-        choose(WeightSpec(64, 16, 5, 32, True), FP32)
+        choose(WeightSpec(64, 16, 5, 32, True), FP64)
     for entry in BACKENDS[:-1]:
         assert (f"{entry.name}: " in error.value.message) == (not entry.by_name_only)
 
@@ -82,7 +97,8 @@ def test_another_devices_backend_is_refused_without_importing_it() -> None:
 
 def test_refusals_are_those_of_this_device() -> None:
     assert refusals(SPEC, BF16) == {}
-    assert list(refusals(SPEC, FP32)) == ["cpu"]
+    assert refusals(SPEC, FP32) == {}
+    assert list(refusals(SPEC, FP64)) == ["cpu", "torch"]
 
 
 @pytest.mark.parametrize("data_type", DATA_TYPES)
@@ -94,5 +110,5 @@ def test_a_data_type_runs_only_where_it_is_computed(data_type: DataType) -> None
         reason = why_not(entry.name, spec, Target(device, torch.bfloat16))
         if data_type not in load(entry.name).data_types:
             assert reason is not None and f"weights, not {data_type}" in reason
-    assert choose(spec, FP32).name == "reference"
-    assert choose(spec, BF16).name == ("cpu" if data_type in ("int", "int_float_zeros") else "reference")
+    assert choose(spec, FP64).name == "reference"
+    assert choose(spec, BF16).name == "cpu"

@@ -28,6 +28,7 @@ class Entry:
 
 BACKENDS: tuple[Entry, ...] = (
     Entry("cpu", ("cpu",), "woq.backends.cpu:CpuBackend"),
+    Entry("torch", ("cpu",), "woq.backends.cpu_torch:TorchBackend"),
     Entry("xpu", ("xpu",), "woq.backends.xpu:XpuBackend"),
     Entry("cuda", ("cuda",), "woq.backends.cuda:CudaBackend"),
     Entry("triton", ("cuda", "xpu"), "woq.backends.triton:TritonBackend"),
@@ -64,10 +65,17 @@ def _automatic() -> list[Entry]:
 
 
 def refusals(spec: WeightSpec, target: Target) -> dict[str, str]:
-    """The backends made for this kind of device that will not run such a layer there, with their reasons."""
-    meant = [e.name for e in _automatic() if e.devices is not None and target.device.type in e.devices]
-    reasons = {name: why_not(name, spec, target) for name in meant}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    """Of the backends made for this kind of device, best first: those before the first that takes such a layer there,
+    with their reasons; all of them where none does."""
+    reasons: dict[str, str] = {}
+    for entry in _automatic():
+        if entry.devices is None or target.device.type not in entry.devices:
+            continue
+        reason = why_not(entry.name, spec, target)
+        if reason is None:
+            break
+        reasons[entry.name] = reason
+    return reasons
 
 
 def choose(spec: WeightSpec, target: Target, requested: str = "auto") -> Backend[Any]:

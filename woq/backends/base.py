@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +16,22 @@ from torch import Tensor
 from woq.weights import DataType, PackedWeight, WeightSpec
 
 State = TypeVar("State")
+ComputeDtype = Literal["fp32", "bf16", "fp16", "int8"]
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a layer is to run: the device, and the dtype of the activations that will come in."""
+    """Where a layer is to run: the device, and the dtype of the activations that will come in.
+
+    compute_dtype: the least that activations may be rounded to on the way; None: not at all. A permission: a backend
+    that has nothing faster at that precision computes with the activations as they are. What each makes of it is in
+    docs/cpu.md.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    compute_dtype: ComputeDtype | None = None
 
 
 class Backend(ABC, Generic[State]):

@@ -1,124 +1,171 @@
-"""PyTorch's own int4 and int8 CPU kernels, where they are right and faster than the reference.
+"""The package's own CPU kernels (csrc/cpu): any width, any group size, every data type, any number of tokens.
 
-What the kernels do not check themselves is checked here (formats.md sections 3.1 and 3.2): shapes of the scale
-table, alignment, dtypes. Outside bfloat16 they run scalar code ten times slower than a plain matrix product, so
-other dtypes are refused. Activation order is a permutation of the columns, applied to the weight once and to the
-activations on every call.
-
-The int4 kernel computes `(q - 8) * s + (8 - z) * s` with both terms in bfloat16: asymmetric weights move by up to
-0.03 of a step, on top of the rounding that bfloat16 itself brings.
+`prepare` moves codes and scales once into the order in which the kernels read them (csrc/cpu/kernels.h). `apply` is one
+operator, `woq::cpu_linear`, compiled for several instruction sets of which it picks the processor's best; it is
+registered with a fake implementation, so it works under torch.compile. With `compute_dtype="int8"` activations are
+rounded to int8, token by token and group by group, which is faster and less exact. docs/cpu.md says how far, and how the
+kernels work.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from woq import codebooks, native
 from woq.backends.base import Backend, Target
-from woq.weights import DataType, PackedWeight, QuantizedWeight, WeightSpec
+from woq.weights import DATA_TYPES, DataType, PackedWeight, WeightSpec
 
-_GROUPS = (256, 128, 64, 32)  # what the int4 kernel accepts
-_ROWS = 16  # out_features come in multiples of this
-# From here on dequantizing and one bfloat16 product is faster: 2048 x 2048, one thread with AMX, 512 rows: 94 ms against 47.
-_MANY_ROWS = 256
-_ALIGNMENT = 64  # bytes; the int8 kernel loads whole cache lines without asking
+BLOCK = 16  # rows that stand together; padded to an even number of blocks
+UNIT = 32  # inputs that stand together; every group is padded to whole units
+MAX_UNITS = 4  # of the kernels' groups: larger ones are split, with the same scale in every part
+LEVELS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+"""The instruction sets that the kernels are compiled for, by the number that the operator takes as `level`."""
+BEST = -1
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class CpuState:
-    """A weight in one kernel's layout.
+    """A weight in the kernels' order.
 
-    int4: weight uint8 [N', K/2] in an order that depends on the CPU, scales_and_zeros bf16 [G, N', 2], N' = N padded.
-    int8: weight int8 [N, K], scales_and_zeros bf16 [N].
-    columns: int64 [K], which activation goes where, or None. packed: the checkpoint's form, for many rows at once.
+    weight: int32 [blocks, groups, units, 16 * bits]; scales: [blocks, groups, 16] in the checkpoint's dtype
+    zeros: uint8 or float32 like scales, or None: `zero` everywhere
+    table: float32 [16], the values of a codebook, or None
+    order: int32 [groups * units * 32], which column of x comes where, -1 for padding; None: as they are
     """
 
-    bits: int
-    out_features: int
-    group_size: int
     weight: Tensor
-    scales_and_zeros: Tensor
-    columns: Tensor | None
-    packed: PackedWeight
-
-
-def _kernel_group(spec: WeightSpec) -> int | None:
-    """The largest accepted group size that divides the layer's: a group is then several equal kernel groups."""
-    if spec.in_features % spec.group_size:
-        return None
-    return next((g for g in _GROUPS if spec.group_size % g == 0), None)
+    scales: Tensor
+    zeros: Tensor | None
+    table: Tensor | None
+    order: Tensor | None
+    out_features: int
+    bits: int
+    zero: float
+    int8: bool
 
 
 class CpuBackend(Backend[CpuState]):
     """See the module's head."""
 
     name = "cpu"
-    data_types: ClassVar[tuple[DataType, ...]] = (
-        "int",
-        "int_float_zeros",
-    )  # zero points enter as (8 - z) * s
+    data_types: ClassVar[tuple[DataType, ...]] = DATA_TYPES
 
     def why_not(self, spec: WeightSpec, target: Target) -> str | None:
-        if target.dtype != torch.bfloat16:
-            return f"torch's low-bit CPU kernels are vectorised for bfloat16 only, not {target.dtype}"
-        if spec.bits == 4:
-            if _kernel_group(spec) is None:
-                return f"torch's int4 kernel wants groups that are a multiple of 32 and divide in_features, not {spec.group_size}"
-            return None
-        if spec.bits == 8:
-            if not spec.sym or spec.group_size != spec.in_features:
-                return "torch's int8 kernel is symmetric and per channel only"
-            if spec.in_features % 16:
-                return f"torch's int8 kernel reads past rows whose length is not a multiple of 16, and this is {spec.in_features}"
-            return None
-        return f"torch has CPU kernels for 4 and 8 bits, not {spec.bits}"
+        if target.dtype not in _DTYPES:
+            return f"computes in bfloat16, float16 and float32, not in {target.dtype}"
+        return native.why_not("cpu")
 
     def prepare(self, packed: PackedWeight, target: Target) -> CpuState:
-        quantized = packed.to("cpu").unpack()
-        columns = None
-        if quantized.g_idx is not None:
-            columns = torch.argsort(quantized.groups_of_inputs(), stable=True)
-        codes = quantized.codes if columns is None else quantized.codes[:, columns]
-        if packed.spec.bits == 8:
-            weight = (codes.to(torch.int16) - 128).to(torch.int8).contiguous()
-            scales = quantized.scales.to(torch.bfloat16).flatten()
-            return CpuState(
-                8, packed.spec.out_features, packed.spec.group_size, weight, scales, columns, packed
-            )
-        return self._prepare_int4(codes, quantized, columns, packed)
-
-    def _prepare_int4(
-        self, codes: Tensor, quantized: QuantizedWeight, columns: Tensor | None, packed: PackedWeight
-    ) -> CpuState:
-        spec = quantized.spec
-        group = _kernel_group(spec)
-        assert group is not None  # why_not refused the others
-        pad = -spec.out_features % _ROWS
-        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            F.pad(codes.to(torch.int32), (0, 0, 0, pad)), 1
-        )
-        scales = quantized.scales.float()
-        both = torch.stack([scales, (8 - quantized.zeros.float()) * scales], dim=-1)  # [N, G, 2]
-        both = both.repeat_interleave(spec.group_size // group, dim=1)
-        both = F.pad(both, (0, 0, 0, 0, 0, pad)).transpose(0, 1).to(torch.bfloat16).contiguous()
-        return CpuState(4, spec.out_features, group, weight, both, columns, packed)
+        _register()
+        packed = packed.to("cpu")
+        return arrange(packed, int8=target.compute_dtype == "int8")
 
     def apply(self, x: Tensor, state: CpuState) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        if flat.shape[0] > _MANY_ROWS:
-            return F.linear(x, state.packed.unpack().dequantize(x.dtype))
-        flat = flat.contiguous() if state.columns is None else flat[:, state.columns]
-        if state.bits == 4:
-            y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat, state.weight, state.group_size, state.scales_and_zeros
-            )
-            y = y[:, : state.out_features]
-        else:
-            if flat.data_ptr() % _ALIGNMENT:
-                flat = flat.clone()
-            y = torch.ops.aten._weight_int8pack_mm(flat, state.weight, state.scales_and_zeros)
-        return y.reshape(*x.shape[:-1], state.out_features)
+        return multiply(x, state, BEST)
+
+
+def multiply(x: Tensor, state: CpuState, level: int) -> Tensor:
+    """x [..., in_features] -> [..., out_features], by the kernels of `LEVELS[level]`, or the best ones.
+
+    Raises RuntimeError where the processor does not have them.
+    """
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = torch.ops.woq.cpu_linear(
+        flat,
+        state.weight,
+        state.scales,
+        state.zeros,
+        state.table,
+        state.order,
+        state.out_features,
+        state.bits,
+        state.zero,
+        state.int8,
+        level,
+    )
+    return y.reshape(*x.shape[:-1], state.out_features)
+
+
+def levels() -> list[str]:
+    """Those of `LEVELS` that this processor has. The library must be there (`native.why_not`)."""
+    return [name for number, name in enumerate(LEVELS) if torch.ops.woq.cpu_has_level(number)]
+
+
+def arrange(packed: PackedWeight, *, int8: bool = False) -> CpuState:
+    """The kernels' form of `packed`, which is on the CPU."""
+    spec = packed.spec
+    order, units = _order(spec, packed.g_idx if spec.desc_act else None)
+    part = next(d for d in range(MAX_UNITS, 0, -1) if units % d == 0)
+    parts = units // part
+    stored_bits = spec.bits if spec.bits <= 4 else 8
+    codes = packed.qweight.contiguous() if spec.layout.packing == "gptq" else packed.unpack().codes
+    weight = torch.ops.woq.cpu_pack(
+        codes,
+        order,
+        spec.out_features,
+        spec.in_features,
+        spec.bits,
+        stored_bits,
+        spec.groups * parts,
+        part,
+    )
+    zeros = None
+    if not spec.sym and not spec.is_codebook:
+        zeros = packed.decoded_zeros()
+        zeros = _by_block(zeros if zeros.dtype == torch.uint8 else zeros.float(), parts)
+    return CpuState(
+        weight=weight,
+        scales=_by_block(packed.decoded_scales(), parts),
+        zeros=zeros,
+        table=codebooks.table(spec.data_type, codes) if spec.is_codebook else None,
+        order=order,
+        out_features=spec.out_features,
+        bits=stored_bits,
+        zero=0.0 if spec.is_codebook else float(1 << (spec.bits - 1)),
+        int8=int8,
+    )
+
+
+def _order(spec: WeightSpec, g_idx: Tensor | None) -> tuple[Tensor | None, int]:
+    """Which column comes where (None: as they are) so that every group fills whole units, and the units of a group."""
+    if g_idx is None:
+        units = -(-spec.group_size // UNIT)
+        if spec.groups == 1 or spec.group_size % UNIT == 0:
+            return None, units
+        groups = torch.arange(spec.in_features) // spec.group_size
+    else:
+        groups = g_idx.to(torch.int64)
+    members = torch.bincount(groups, minlength=spec.groups)  # not all alike in checkpoints of others
+    units = max(1, -(-int(members.max()) // UNIT))
+    columns = torch.argsort(groups, stable=True)
+    of = groups[columns]
+    place = torch.arange(spec.in_features) - (members.cumsum(0) - members)[of]
+    order = torch.full((spec.groups, units * UNIT), -1, dtype=torch.int32)
+    order[of, place] = columns.to(torch.int32)
+    return order.flatten(), units
+
+
+def _by_block(values: Tensor, parts: int) -> Tensor:
+    """[N, G] -> [blocks, G * parts, 16]: a block's rows are neighbours, and every part of a group has its own."""
+    n, groups = values.shape
+    blocks = -(-n // (2 * BLOCK)) * 2
+    padded = F.pad(values, (0, 0, 0, blocks * BLOCK - n))
+    by_block = padded.view(blocks, BLOCK, groups).transpose(1, 2)
+    return by_block.repeat_interleave(parts, dim=1).contiguous()
+
+
+@functools.cache
+def _register() -> None:
+    """What the compiled operator does not bring itself: its shape, for tracing."""
+
+    def linear_shape(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(x.shape[0], rest[5])
+
+    torch.library.register_fake("woq::cpu_linear", linear_shape)

@@ -1,0 +1,4 @@
+#include "isa_portable.h"
+#include "table.h"
+
+const woq::Kernels woq::kernels_portable = woq::table_named("portable");
