@@ -115,7 +115,7 @@ def test_what_raises_or_is_no_number_fails_and_the_rest_runs_on(monkeypatch: pyt
         return torch.full((len(x), state.spec.out_features), math.nan, dtype=x.dtype)
 
     monkeypatch.setattr(ReferenceBackend, "apply", apply)
-    rows = run_selftest([Target(CPU, torch.float32)])
+    rows = [row for row in run_selftest([Target(CPU, torch.float32)]) if row.backend == "reference"]
     assert rows and not any(row.passed for row in rows)
     assert {row.raised for row in rows if row.bits == 3} == {"could not create a primitive"}
     lines = {line.bits: line for line in summarize(rows) if line.data_type == "int"}
