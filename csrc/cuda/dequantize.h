@@ -21,6 +21,6 @@ cudaError_t launch_dequantize(int bits, bool is_bf16, const DequantizeArgs& a, c
 
 // to[i, j] = from[i, order[j]] for 16-bit elements [m, k]: act-order, once a product, so that the kernels proper only ever
 // see x in the weight's order.
-cudaError_t launch_gather(const void* from, const int* order, void* to, int m, int k, cudaStream_t stream);
+cudaError_t launch_gather(const void* from, const int* order, void* to, int m, int k, bool early_start, cudaStream_t stream);
 
 }  // namespace woq

@@ -193,7 +193,8 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 4 ? woq::Path::prefill : woq::choose_path(a, static_cast<int>(bits), device);
   if (order && m > 0) {
     Tensor gathered = torch::stable::new_empty(x, {m, k});
-    check(woq::launch_gather(x.data_ptr(), static_cast<const int*>(order->data_ptr()), gathered.data_ptr(), int(m), int(k), stream), "gather");
+    const bool early = early_start && device.capability >= 90;
+    check(woq::launch_gather(x.data_ptr(), static_cast<const int*>(order->data_ptr()), gathered.data_ptr(), int(m), int(k), early, stream), "gather");
     x = gathered;
   }
   if (path == woq::Path::dense)

@@ -93,7 +93,8 @@ inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& d
   }
   const int64_t rest = a.tiles - a.whole, share = a.whole / blocks * turns + (rest * turns + blocks - 1) / blocks;
   const int64_t exchange = rest > 0 ? 4070 + 4 * area * ((blocks + rest - 1) / rest) : 0;
-  return 760 + share * turn + (3570 + 2 * area) * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
+  const int64_t leave = PrefillPlan::box_bytes(p.tokens, p.groups) > 0 ? 1500 : 3570 + 2 * area;  // what a tile's results cost
+  return 760 + share * turn + leave * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
 }
 
 inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& device) {

@@ -35,8 +35,9 @@ struct PrefillLayout {
   static constexpr int scales = x_bytes + GROUPS * weight_bytes;     // in a stage
   static constexpr int stage = PrefillPlan::stage_bytes(TOKENS, GROUPS, BITS);
   static constexpr int pieces = TOKENS / 8;                          // of a warp's sums: 16 rows x 8 tokens, a float4 a lane
+  static constexpr int box = PrefillPlan::box_bytes(TOKENS, GROUPS) / GROUPS;  // of a warp group
 
-  // Offsets from the aligned base: barriers | ring | sums of the cluster, which take the ring's place where they are large
+  // Offsets from the aligned base: barriers | ring | boxes, or sums of the cluster, which take the ring's place where they are large
   static constexpr bool gather_apart = PrefillPlan::gather_apart(TOKENS, GROUPS);
   __device__ static int gather(int stages) { return 1024 + (gather_apart ? stages * stage : 0); }
 };
@@ -202,6 +203,26 @@ __device__ void exchange(const PrefillArgs& a, const float4 (&sums)[L::pieces], 
 // Barrier of one multiplying warp group.
 __device__ __forceinline__ void join(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
 
+// A warp group's rows of a tile, by way of its box: the copies to memory run while the next tile is computed. Needs n % 8 == 0.
+template <class T, class L>
+__device__ void send(const PrefillArgs& a, const float4 (&sums)[L::pieces], int first_row, int token, uint32_t base, int group, int warp, int lane) {
+  const Shared box{base + 1024 + a.stages * L::stage + group * L::box};
+  bulk_wait_read();  // of the tile before
+  join(group);
+#pragma unroll
+  for (int j = 0; j < L::pieces; ++j) {
+    const Shared to = box + ((8 * j + lane / 4) * PrefillPlan::box_stride + (16 * (warp % 4) + 2 * (lane % 4)) * 2);
+    write(to, transpose(Float16<T>::pack(sums[j].x, sums[j].y)));
+    write(to + 16, transpose(Float16<T>::pack(sums[j].z, sums[j].w)));
+  }
+  copy_fence();
+  join(group);
+  const int own = threadIdx.x % 128, row = first_row + kBlock * group, rows = min(kBlock, a.n - row);  // a token a thread
+  if (rows > 0 && token + own < a.m)
+    bulk_store(static_cast<T*>(a.y) + static_cast<int64_t>(token + own) * a.n + row, box.address + own * PrefillPlan::box_stride, rows * 2);
+  bulk_commit();
+}
+
 // A thread block that does not finish a tile leaves its sums in memory; each warp group by itself.
 template <class L>
 __device__ void leave(const PrefillArgs& a, const float4 (&sums)[L::pieces], int pieces, int group) {
@@ -331,11 +352,16 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS > 2 ? 1 : 2)
         leave<L>(a, pieces, present, group);
       } else {
         if (p.begin > 0) collect<L>(a, work, pieces, p.tile * work.turns, present, group);
+        if (L::box > 0 && a.n % 8 == 0) {
+          send<T, L>(a, pieces, row, token, base, group, warp, lane);
+        } else {
 #pragma unroll
-        for (int j = 0; j < L::pieces; ++j)
-          if (j < present) write_piece<T>(a, row + 16 * warp, token + 8 * j, pieces[j], lane);
+          for (int j = 0; j < L::pieces; ++j)
+            if (j < present) write_piece<T>(a, row + 16 * warp, token + 8 * j, pieces[j], lane);
+        }
       }
     }
+    if (L::box > 0) bulk_wait();
   }
 #endif
 }

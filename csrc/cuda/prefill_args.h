@@ -27,10 +27,15 @@ struct PrefillPlan {
   // Whether the cluster's sums have room beside the ring.
   static constexpr WOQ_HOST_DEVICE bool gather_apart(int tokens, int groups) { return tokens * groups * kBlock * 4 <= 32768; }
 
+  // Results of large tiles leave by way of shared memory, one copy a token and row group, while the next tile is computed.
+  static constexpr int box_stride = 144;  // bytes of a token: 64 rows and what keeps eight tokens in different banks
+  static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens == 128 ? groups * tokens * box_stride : 0; }
+
   int residents() const { return groups > 2 ? 1 : 2; }  // thread blocks a processor
   int shared_bytes(int bits) const {
     const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
-    const int sums = split > 1 ? (parts + split - 1) / split * split * 512 : 0;
+    if (split == 1) return 1024 + ring + box_bytes(tokens, groups);
+    const int sums = (parts + split - 1) / split * split * 512;
     return 1024 + (gather_apart(tokens, groups) ? ring + sums : ring > 1024 + sums ? ring : 1024 + sums);  // 1024 align the base
   }
 };

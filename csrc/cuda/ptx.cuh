@@ -62,6 +62,7 @@ __device__ __forceinline__ uint4 read<uint4>(Shared from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from.address) : "memory");
   return v;
 }
+__device__ __forceinline__ void write(Shared to, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to.address), "r"(v) : "memory"); }
 template <>
 __device__ __forceinline__ float4 read<float4>(Shared from) {
   float4 v;
@@ -180,6 +181,15 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
       "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+// The other way, from where this thread and, after a barrier, others have written and called copy_fence.
+__device__ __forceinline__ void copy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// This thread's stores have read what they send, or have arrived.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ clusters
 __device__ __forceinline__ uint32_t cluster_rank() {
