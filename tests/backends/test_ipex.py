@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.backends.test_cpu import inputs, random_weight
+from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import decode_int4
 from tests.tiny_models import VOCABULARY
 from woq import AutoModelForCausalLM, GPTQConfig, QuantConfig, RtnConfig, quantize, save_pretrained

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.backends.test_cpu import inputs, random_weight
+from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import XpuKernels, decode_int4
 from woq.backends import choose, load, why_not
 from woq.backends.base import Target
