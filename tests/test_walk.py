@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,13 +15,27 @@ from tests.algorithms.test_gptq import Attention, block_and_inputs, run, spec_of
 from woq.algorithms.gathering import gathering
 from woq.errors import CalibrationError
 from woq.replay import BlockInputs, advance, input_groups
-from woq.walk import Walk, can_walk
+from woq.walk import Walk, can_walk, walkers
 
 CPU = torch.device("cpu")
 
 
+THREADS = walkers()
+
+
 def waiting() -> int:
-    return sum(thread.name.startswith("forward pass") for thread in threading.enumerate())
+    """Passes that wait: threads without work stand elsewhere."""
+    frames = sys._current_frames()
+    mine = [t.ident for t in threading.enumerate() if t.name.startswith("forward pass")]
+    return sum("wait_with" in _functions(frames[ident]) for ident in mine if ident in frames)
+
+
+def _functions(frame: FrameType | None) -> list[str]:
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
 
 
 def drifted() -> tuple[Attention, BlockInputs]:
@@ -37,7 +53,7 @@ def gathered(sequential: bool) -> tuple[list[Tensor], BlockInputs, Attention]:
     assert groups == [("q", "k", "v"), ("o",)]
     seen = []
     in_turn = [[group] for group in groups] if sequential else [groups, [("o",)]]
-    with gathering(block, specs, in_turn, groups, inputs) as gather:
+    with gathering(block, specs, in_turn, groups, inputs, THREADS) as gather:
         for stage in in_turn:
             moments = gather.moments(stage)
             wanted = moments[stage[0][0]]
@@ -81,7 +97,7 @@ def test_an_error_inside_a_pass_is_the_callers() -> None:
         raise RuntimeError("no such luck")
 
     block.o.register_forward_pre_hook(fail)
-    with Walk(block, inputs, ["q", "o"]) as walk:
+    with Walk(block, inputs, ["q", "o"], THREADS) as walk:
         assert len(list(walk.to("q"))) == len(inputs.hidden)
         assert waiting() == len(inputs.hidden)
         with pytest.raises(RuntimeError, match="no such luck"):
@@ -91,7 +107,7 @@ def test_an_error_inside_a_pass_is_the_callers() -> None:
 
 def test_what_nobody_goes_on_with_is_left() -> None:
     block, inputs = block_and_inputs()
-    with pytest.raises(KeyError), Walk(block, inputs, ["q"]) as walk:
+    with pytest.raises(KeyError), Walk(block, inputs, ["q"], THREADS) as walk:
         next(walk.to("q"))
         raise KeyError
     assert waiting() == 0
@@ -103,7 +119,7 @@ def test_outputs_that_are_not_finite_are_named() -> None:
     inputs.hidden[1][0, 3] = float("inf")
     with (
         pytest.raises(CalibrationError, match="calibration batch 1, samples"),
-        Walk(block, inputs, []) as walk,
+        Walk(block, inputs, [], THREADS) as walk,
     ):
         walk.finish()
 

@@ -9,8 +9,11 @@ its residual and the input of the linear, for every batch.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
@@ -32,8 +35,8 @@ class _Left(BaseException):
 class _Pass:
     """One batch's forward pass."""
 
-    def __init__(self, block: nn.Module, inputs: BlockInputs, i: int) -> None:
-        self.block, self.inputs, self.i = block, inputs, i
+    def __init__(self, block: nn.Module, inputs: BlockInputs, i: int, threads: ThreadPoolExecutor) -> None:
+        self.block, self.inputs, self.i, self.threads = block, inputs, i, threads
         self.at: Tensor | None = None  # the input it waits with
         self.output: Tensor | None = None
         self._error: BaseException | None = None
@@ -41,15 +44,15 @@ class _Pass:
         self._left = False
         on_device = inputs.device.type != "cpu"
         self._stream = torch.accelerator.current_stream(inputs.device) if on_device else None
-        self._thread = threading.Thread(target=self._run, name=f"forward pass of batch {i}", daemon=True)
+        self._running: Future[None] | None = None
 
     def go_on(self) -> None:
         """Until it waits again (`at` is set) or ends (`output` is)."""
         self.at = None
         if self.output is not None:
             return
-        if self._thread.ident is None:
-            self._thread.start()
+        if self._running is None:
+            self._running = self.threads.submit(self._run)
         else:
             self._go.release()
         self._back.acquire()
@@ -65,11 +68,11 @@ class _Pass:
             raise _Left
 
     def leave(self) -> None:
-        """End the thread where it waits."""
-        if self._thread.is_alive():
+        """End the pass where it waits."""
+        if self._running is not None:
             self._left = True
             self._go.release()
-            self._thread.join()
+            self._running.result()
 
     def _run(self) -> None:
         if self._stream is not None:
@@ -90,10 +93,12 @@ class Walk:
     A context manager: what still waits at its end is left.
     """
 
-    def __init__(self, block: nn.Module, inputs: BlockInputs, stops: Sequence[str]) -> None:
-        """stops: linears in the order they run; see `can_walk`."""
+    def __init__(
+        self, block: nn.Module, inputs: BlockInputs, stops: Sequence[str], threads: ThreadPoolExecutor
+    ) -> None:
+        """stops: linears in the order they run; see `can_walk`. threads: from `walkers`."""
         self.inputs = inputs
-        self.passes = [_Pass(block, inputs, i) for i in range(len(inputs.hidden))]
+        self.passes = [_Pass(block, inputs, i, threads) for i in range(len(inputs.hidden))]
         self._stop = ""
         self._current: _Pass | None = None
         modules = linears(block)
@@ -121,6 +126,8 @@ class Walk:
         """The same for one batch."""
         self._stop, self._current = stop, self.passes[i]
         self.passes[i].go_on()
+        if self.inputs.device.type == "cpu":
+            _trim()
         x = self.passes[i].at
         return None if x is None else counted_rows(stop, x, self.inputs.masks[i])
 
@@ -146,6 +153,15 @@ class Walk:
             one.leave()
         for handle in self._handles:
             handle.remove()
+
+
+def walkers() -> ThreadPoolExecutor:
+    """Threads for walks, started as they are needed and ended with the last reference to it.
+
+    To be kept for a whole model: what CUDA's libraries keep by thread (cuBLAS handles, cuDNN's plans for attention) costs some
+    80 ms a thread on an H100, which for 32 threads is longer than a block of 8B parameters takes.
+    """
+    return ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="forward pass")
 
 
 def can_walk(
@@ -187,3 +203,12 @@ def free_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free, _ = torch.xpu.mem_get_info(device)
     return free + torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library is glibc: it keeps what a thread has freed for that thread,
+    which here would be every batch's largest layer."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -55,7 +55,7 @@ def test_best_scales_solve_every_rows_normal_equations() -> None:
     weight, hessian, codes, scale, zero = problem()
     group_of = torch.arange(K) // GROUP
     levels = codes - zero
-    found = best_scales(weight, levels, scale[:, ::GROUP], group_of, hessian, torch.float32)
+    found = best_scales(weight @ hessian, levels, scale[:, ::GROUP], group_of, hessian, torch.float32)
     root = torch.linalg.cholesky(hessian.double()).t()  # H = root' root: outputs in K-dimensional coordinates
     for n in range(N):
         columns = torch.stack(
@@ -72,7 +72,7 @@ def test_best_scales_keep_what_no_data_speaks_for() -> None:
     hessian[:GROUP] = 0
     hessian[:, :GROUP] = 0
     kept = best_scales(
-        weight, codes - zero, scale[:, ::GROUP], torch.arange(K) // GROUP, hessian, torch.float16
+        weight @ hessian, codes - zero, scale[:, ::GROUP], torch.arange(K) // GROUP, hessian, torch.float16
     )
     assert torch.equal(kept[:, 0], scale[:, 0])
     assert torch.isfinite(kept).all()
@@ -101,7 +101,7 @@ def test_triton_kernel_rounds_as_the_loop() -> None:
 
 
 def kernel() -> None:
-    """Both forms of the grid, with and without a start, on sizes that fill no block. Needs TRITON_INTERPRET=1."""
+    """Both forms of the grid, rounding and descent, on sizes that fill no block. Needs TRITON_INTERPRET=1."""
     from woq.algorithms import rounding, rounding_triton
 
     generator = torch.Generator().manual_seed(0)
@@ -110,11 +110,13 @@ def kernel() -> None:
         u = torch.randn(span, span, generator=generator).mul_(0.2).triu_(1) + torch.eye(span) * 0.7
         scale = torch.rand(grids, columns, generator=generator) * 0.3 + 0.1
         zero = torch.randint(0, 16, (grids, columns), generator=generator).float()
-        for begun in (None, start):
-            expected = rounding.round_span(rows, u, scale, zero, 4, begun)
-            got = rounding_triton.round_span(rows, u, scale, zero, 4, begun)
-            assert torch.equal(expected[0], got[0])
-            torch.testing.assert_close(expected[1], got[1])
+        hessian = u @ u.t()
+        for name, given in (("round_span", (rows, u)), ("descend_span", (rows, start, hessian))):
+            codes, others = torch.empty(2, span, columns)
+            expected = getattr(rounding, name)(*given, scale, zero, 4, codes)
+            got = getattr(rounding_triton, name)(*given, scale, zero, 4, others)
+            assert torch.equal(codes, others)
+            torch.testing.assert_close(expected, got)
     searched(generator)
     assert kernels.check(torch.device("cpu")) is None
 

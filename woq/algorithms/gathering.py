@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -43,10 +44,11 @@ def gathering(
     in_turn: Sequence[Sequence[Group]],
     groups: Sequence[Group],
     inputs: BlockInputs,
+    threads: ThreadPoolExecutor,
 ) -> Iterator[Gathering]:
     """The cheaper of the two ways that can be gone. `block` must still be the float one.
 
-    groups: all linears by their input, in the order they run; in_turn: those that are looked at together.
+    threads: from `walk.walkers`, the same for all blocks. groups: all linears by their input, in the order they run; in_turn: those that are looked at together.
     """
     drifting = inputs.float_hidden is not None
     float_block = block
@@ -58,8 +60,12 @@ def gathering(
     if can_walk(block, in_turn, groups, widest, inputs, 2 if drifting else 1):
         stops = [group[0] for group in groups]
         with ExitStack() as stack:
-            floats = stack.enter_context(Walk(float_block, inputs.in_float(), stops)) if drifting else None
-            yield _Walking(inputs, specs, stack.enter_context(Walk(block, inputs, stops)), floats)
+            floats = (
+                stack.enter_context(Walk(float_block, inputs.in_float(), stops, threads))
+                if drifting
+                else None
+            )
+            yield _Walking(inputs, specs, stack.enter_context(Walk(block, inputs, stops, threads)), floats)
         return
     if drifting and inputs.float_outputs is None:
         inputs.float_outputs = advance(block, inputs.in_float(), inputs.hidden[0].device)

@@ -44,6 +44,7 @@ from woq.algorithms.hessian import (
     make_up_for_drift,
     relative_errors,
 )
+from woq.algorithms.products import product
 from woq.algorithms.rounding import (
     Grids,
     SpanGrid,
@@ -59,6 +60,7 @@ from woq.configs import GPTQConfig
 from woq.phases import phase
 from woq.quant import Search
 from woq.replay import BlockInputs, input_groups
+from woq.walk import walkers
 from woq.weights import QuantizedWeight, WeightSpec
 
 
@@ -70,6 +72,7 @@ class Gptq(Algorithm[GPTQConfig]):
     def __init__(self, config: GPTQConfig) -> None:
         super().__init__(config)
         self.search: Search = "minmax" if config.search == "minmax" else "mse"
+        self.threads = walkers()
 
     @property
     def needs_float_stream(self) -> bool:
@@ -87,7 +90,7 @@ class Gptq(Algorithm[GPTQConfig]):
         results: dict[str, LayerResult] = {}
         groups = input_groups(block, list(specs), inputs)
         in_turn = stages(self.config, groups)
-        with gathering(block, specs, in_turn, groups, inputs) as gather:
+        with gathering(block, specs, in_turn, groups, inputs, self.threads) as gather:
             for stage in in_turn:
                 fresh: dict[str, LayerResult] = {}
                 for run in within_budget([[group] for group in stage], specs):
@@ -199,11 +202,12 @@ class Gptq(Algorithm[GPTQConfig]):
     ) -> Tensor:
         """Better codes, and in `grids` better scales, by the second moment itself: damping has done its work."""
         hessian = hessian + torch.diag(hessian.diagonal().mean() * 1e-6 + (hessian.diagonal() == 0).float())
+        response = product(weight, hessian) if self.config.refine else weight
         for _ in range(self.config.refine):
             _, zero = grids.by_position()
             with phase("scales"):
                 grids.scales = best_scales(
-                    weight, codes - zero, grids.scales, grids.group_of, hessian, spec.scale_dtype
+                    response, codes - zero, grids.scales, grids.group_of, hessian, spec.scale_dtype
                 )
             with phase("descent"):
                 codes = descend(weight, codes, *grids.by_position(), hessian, spec.bits)

@@ -50,22 +50,23 @@ def check(device: torch.device) -> str | None:
     costs = (torch.rand(_SPAN, generator=generator) + 0.1).to(device)
     u = u.to(device)
     for sym in (True, False):
-        expected = group_params(rows.t(), _BITS, sym, torch.float16, "mse", costs)
-        found = _search_in_kernel(rows, _BITS, sym, torch.float16, "mse", costs)
-        for what, a, b in zip(("scales", "zeros"), expected, found, strict=True):
+        params = group_params(rows.t(), _BITS, sym, torch.float16, "mse", costs)
+        searched = _search_in_kernel(rows, _BITS, sym, torch.float16, "mse", costs)
+        for what, a, b in zip(("scales", "zeros"), params, searched, strict=True):
             if (a == b).float().mean() < 0.95:  # two candidates may be equally good but for rounding
                 return f"the search's {what} differ from torch's by up to {float((a - b).abs().max()):.3g}"
-        scale, zero = (t.unsqueeze(0) for t in expected)
-        for begun in (None, start):
-            naive = rounding.round_span(rows, u, scale, zero, _BITS, begun)
-            fused = rounding_triton.round_span(rows, u, scale, zero, _BITS, begun)
-            same = (naive[0] == fused[0]).all(
-                0
-            )  # a code on the border of two moves all that come after it in its row
-            if same.float().mean() < 0.95 or not torch.allclose(
-                naive[1][:, same], fused[1][:, same], atol=1e-4
-            ):
-                return f"{int((~same).sum())} of {_ROWS} rows are rounded to other codes than torch's"
+        scale, zero = (t.unsqueeze(0) for t in params)
+        pairs: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
+            ("rounded", rounding.round_span, rounding_triton.round_span, (rows, u)),
+            ("swept", rounding.descend_span, rounding_triton.descend_span, (start, rows, u @ u.t())),
+        ]
+        for what, naive, fused, given in pairs:
+            codes, others = torch.empty(2, _SPAN, _ROWS, device=device)
+            expected = naive(*given, scale, zero, _BITS, codes)
+            found = fused(*given, scale, zero, _BITS, others)
+            same = (codes == others).all(0)  # a code on the border of two moves all after it in its row
+            if same.float().mean() < 0.9 or not torch.allclose(expected[:, same], found[:, same], atol=1e-4):
+                return f"{int((~same).sum())} of {_ROWS} rows are {what} to other codes than torch's"
     return _check_fake_quantize(device)
 
 
@@ -102,15 +103,15 @@ def _check_fake_quantize(device: torch.device) -> str | None:
     return None
 
 
-def span_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`rounding.round_span`, or its kernel."""
+def span_functions(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`rounding.round_span` and `rounding.descend_span`, or their kernels."""
     if kernels_on(device):
-        from woq.algorithms.rounding_triton import round_span as in_one_kernel
+        from woq.algorithms import rounding_triton
 
-        return in_one_kernel
-    from woq.algorithms.rounding import round_span
+        return rounding_triton.round_span, rounding_triton.descend_span
+    from woq.algorithms import rounding
 
-    return round_span
+    return rounding.round_span, rounding.descend_span
 
 
 def search_group(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from woq.algorithms.kernels import search_group, span_rounder
+from woq.algorithms.kernels import search_group, span_functions
 from woq.algorithms.products import product
 from woq.phases import phase
 from woq.quant import Search, dequantize, storable_scale
@@ -73,8 +73,8 @@ class Grids:
         return grid
 
     def by_position(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every weight, [N, K] in rounding order."""
-        return self.scales[:, self.group_of], self.zeros[:, self.group_of]
+        """Scale and zero of every weight, [N, K] in rounding order; a feature's stand next to each other, as codes do."""
+        return self.scales.t()[self.group_of].t(), self.zeros.t()[self.group_of].t()
 
 
 def group_spans(features: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -95,23 +95,40 @@ def round_columns(
     """
     rows = weight.t().contiguous()
     codes = torch.empty_like(rows)
-    round_span = span_rounder(rows.device)
+    in_span, _ = span_functions(rows.device)
     for start, end in spans:
         scale, zero = grid(start, end, rows)
-        codes[start:end], errors = round_span(
-            rows[start:end], factor[start:end, start:end].contiguous(), scale, zero, bits
-        )
+        errors = in_span(rows[start:end], factor[start:end, start:end], scale, zero, bits, codes[start:end])
         rows[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return codes
 
 
-def round_span(
-    rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes and errors, float32 [S, N], of one span: rows [S, N], u [S, S], scale and zero [S or 1, N].
+def round_span(rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, codes: Tensor) -> Tensor:
+    """Round one span; its errors [S, N]. rows [S, N], u [S, S], scale and zero [S or 1, N]; codes [S, N] are written.
 
-        target[j] = rows[j] - sum_{i<j} u[i, j] error[i]        code[j] = the nearest to target[j]
-        error[j] = (start[j] - its value) / u[j, j]             start is the target itself where None
+    target[j] = rows[j] - sum_{i<j} u[i, j] error[i]        code[j] = the nearest to target[j]
+    error[j] = (target[j] - its value) / u[j, j]
+    """
+    return _in_turn(rows, u, scale, zero, bits, None, codes)
+
+
+def descend_span(
+    value: Tensor, slope: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, codes: Tensor
+) -> Tensor:
+    """Move one span's features [S, N] to the codes that are best for each in turn; by how much they moved, [S, N].
+
+    value, slope: what they are and half the gradient there. hessian: the span's part [S, S]. codes [S, N] are written.
+    """
+    pivots = hessian.diagonal()
+    pull = hessian / pivots  # what a move of feature i does to the best place of feature j
+    pull.fill_diagonal_(-1.0)
+    return _in_turn(value - slope / pivots.unsqueeze(1), pull, scale, zero, bits, value, codes)
+
+
+def _in_turn(
+    rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, start: Tensor | None, codes: Tensor
+) -> Tensor:
+    """`round_span`, with error[j] = (start[j] - its value) / u[j, j] where there is a `start`.
 
     The loop looks left: a feature gathers the corrections of the span's earlier features when its turn comes, one
     matrix-vector product instead of a rank-one update of everything to its right.
@@ -120,15 +137,15 @@ def round_span(
     follow = u / u.diagonal().unsqueeze(1)  # errors are divided by their pivots in the end, all at once
     scales, lowest = scale.expand_as(rows), (-zero).expand_as(rows)
     highest = lowest + top
-    levels, errors = torch.empty_like(rows), torch.empty_like(rows)
-    target, level = torch.empty_like(rows[0]), torch.empty_like(rows[0])
+    levels, errors, level = torch.empty_like(rows), torch.empty_like(rows), torch.empty_like(rows[0])
     for j in range(len(rows)):
         target = torch.addmv(rows[j], errors[:j].t(), follow[:j, j], alpha=-1) if j else rows[0]
         torch.div(target, scales[j], out=level).round_()
         torch.clamp(level, lowest[j], highest[j], out=levels[j])
         # what stands in its place less what it was to be
         torch.addcmul(target if start is None else start[j], levels[j], scales[j], value=-1, out=errors[j])
-    return levels - lowest, errors / u.diagonal().unsqueeze(1)
+    torch.sub(levels, lowest, out=codes)
+    return errors.div_(u.diagonal().unsqueeze(1))
 
 
 def descend(
@@ -139,30 +156,28 @@ def descend(
     Each feature in turn takes the code that is best with all others as they stand (QuantEase, Behdin et al. 2023,
     https://arxiv.org/abs/2309.01885). weight, codes, scale, zero: [N, K]. hessian: [K, K], positive diagonal.
     """
+    codes, scale, zero = (t.t().contiguous() for t in (codes, scale, zero))
     value = dequantize(codes, scale, zero)
-    slope = product(hessian, (value - weight).t())  # half the gradient, [K, N]
-    value, scales, zeros = (t.t().contiguous() for t in (value, scale, zero))
+    slope = product(hessian, value - weight.t())  # half the gradient, [K, N]
+    _, in_span = span_functions(slope.device)
     result = torch.empty_like(slope)
-    rounded = span_rounder(slope.device)
     for start in range(0, len(slope), span):
         end = min(start + span, len(slope))
         here = slice(start, end)
-        pivots = hessian.diagonal()[here]
-        pull = hessian[here, here] / pivots  # what a move of feature i does to the best place of feature j
-        pull.fill_diagonal_(-1.0)
-        best = value[here] - slope[here] / pivots.unsqueeze(1)
-        result[here], moves = rounded(best, pull, scales[here], zeros[here], bits, value[here])
+        moves = in_span(
+            value[here], slope[here], hessian[here, here], scale[here], zero[here], bits, result[here]
+        )
         slope[end:].addmm_(hessian[end:, here], moves)
     return result.t()
 
 
 def best_scales(
-    weight: Tensor, levels: Tensor, scales: Tensor, group_of: Tensor, hessian: Tensor, dtype: torch.dtype
+    response: Tensor, levels: Tensor, scales: Tensor, group_of: Tensor, hessian: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The scales [N, G] that minimise tr(D H D') with the codes frozen, rounded to `dtype`.
 
     A row's output is linear in its scales, so these are the normal equations of each row, [G, G], with a ridge towards
-    the scales one has. weight, levels = code - zero: [N, K]. group_of: int64 [K]. A scale that would change its sign or
+    the scales one has. response: [N, K], the weight times `hessian`. levels = code - zero: [N, K]. group_of: int64 [K]. A scale that would change its sign or
     by more than half is kept.
     """
     # One group's features next to each other: already so, but where groups were fixed before features were ordered.
@@ -170,22 +185,23 @@ def best_scales(
     runs = [owner for i, owner in enumerate(owners) if not i or owner != owners[i - 1]]
     if len(runs) > scales.shape[1]:
         order = torch.argsort(group_of, stable=True)
-        weight, levels, hessian = weight[:, order], levels[:, order], hessian[order][:, order]
+        response, levels, hessian = response[:, order], levels[:, order], hessian[order][:, order]
         owners = group_of[order].tolist()
         runs = list(range(scales.shape[1]))
     counts = Counter(owners)
     sizes = [counts[run] for run in runs]
     at = torch.tensor(runs, device=scales.device)
     rows = max(1, _NORMAL_ELEMENTS // scales.shape[1] ** 2)
-    parts = zip(weight.split(rows), levels.split(rows), scales[:, at].split(rows), strict=True)
+    levels = levels.contiguous()
+    parts = zip(response.split(rows), levels.split(rows), scales[:, at].split(rows), strict=True)
     solved = torch.empty_like(scales)
-    solved[:, at] = torch.cat([_solve_rows(w, level, scale, sizes, hessian) for w, level, scale in parts])
+    solved[:, at] = torch.cat([_solve_rows(r, level, scale, sizes, hessian) for r, level, scale in parts])
     sound = ((solved / scales) - 1).abs() < 0.5  # false for NaN too
     return storable_scale(torch.where(sound, solved, scales), dtype)
 
 
 def _solve_rows(
-    weight: Tensor, levels: Tensor, scales: Tensor, sizes: Sequence[int], hessian: Tensor
+    response: Tensor, levels: Tensor, scales: Tensor, sizes: Sequence[int], hessian: Tensor
 ) -> Tensor:
     """Scales [N, G] of groups of `sizes` features, which follow each other."""
     size, groups = max(sizes), len(sizes)
@@ -196,11 +212,11 @@ def _solve_rows(
             return x.view(len(x), -1, size).sum(-1)
         return torch.stack([part.sum(1) for part in x.split(sizes[first:], 1)], 1)
 
-    right = by_group(product(weight, hessian).mul_(levels))
-    normal = torch.zeros(len(weight), groups, groups, device=weight.device)
+    right = by_group(response * levels)
+    normal = torch.zeros(len(levels), groups, groups, device=levels.device)
     start = 0
     for g, own in enumerate(sizes):  # the upper half; the matrix is symmetric
-        here = product(levels[:, start : start + own], hessian[start : start + own, start:])
+        here = product(levels[:, start : start + own], hessian[start : start + own, start:], whole=True)
         normal[:, g, g:] = by_group(here.mul_(levels[:, start:]), g)
         start += own
     diagonal = normal.diagonal(dim1=1, dim2=2)

@@ -1,4 +1,4 @@
-"""`rounding.round_span` as one kernel: a span's features in turn, with the output rows spread over the programs."""
+"""`rounding.round_span` and `descend_span` as one kernel: a span's features in turn, the output rows spread over programs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away round
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round_span(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    rows, u, scale, zero, begin, codes, errors, n, span, scale_stride, top,
-    BEGUN: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr,
+def _span(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    rows, slope, u, u_stride, scale, zero, scale_stride, codes, errors, n, span, top,
+    DESCENT: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, SPAN)
+    inside = at < span
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = column < n
-    tile = tl.load(
-        rows + at[:, None] * n + column[None, :], mask=(at < span)[:, None] & there[None, :], other=0.0
-    )
+    both = inside[:, None] & there[None, :]
+    tile = tl.load(rows + at[:, None] * n + column[None, :], mask=both, other=0.0)
+    pivots = tl.load(u + at * u_stride + at, mask=inside, other=1.0)
+    if DESCENT:  # where each feature would best be
+        pull = tl.load(slope + at[:, None] * n + column[None, :], mask=both, other=0.0)
+        tile -= tl.div_rn(pull, pivots[:, None] + tl.zeros_like(pull))
     for j in range(span):
         w = tl.sum(tl.where((at == j)[:, None], tile, 0.0), axis=0)
         s = tl.load(scale + j * scale_stride + column, mask=there, other=1.0)
@@ -29,25 +33,44 @@ def _round_span(  # type: ignore[no-untyped-def]  # noqa: PLR0913
         # Beyond the grid's ends rounding does not matter, and the magic number works below 2^22 only.
         level = tl.minimum(tl.maximum(tl.div_rn(w, s), -1024.0), 1024.0)
         code = tl.minimum(tl.maximum((level + _MAGIC) - _MAGIC + z, 0.0), top)
-        pivot = tl.load(u + j * span + j)
-        if BEGUN:
-            w = tl.load(begin + j * n + column, mask=there, other=0.0)
-        error = tl.div_rn(w - (code - z) * s, pivot)
+        later = tl.load(u + j * u_stride + at, mask=inside & (at > j), other=0.0)
+        if DESCENT:
+            error = (code - z) * s - tl.load(rows + j * n + column, mask=there, other=0.0)
+            later = tl.div_rn(later, pivots)
+        else:
+            error = tl.div_rn(w - (code - z) * s, tl.load(u + j * u_stride + j))
         tl.store(codes + j * n + column, code, mask=there)
         tl.store(errors + j * n + column, error, mask=there)
-        later = tl.load(u + j * span + at, mask=(at < span) & (at > j), other=0.0)
         tile -= later[:, None] * error[None, :]
 
 
-def round_span(
-    rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `rounding.round_span`, in another order of summation: results differ by float32 rounding."""
+def _run(  # noqa: PLR0913 - a kernel's arguments
+    rows: Tensor,
+    slope: Tensor,
+    u: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    codes: Tensor,
+    descent: bool,
+) -> Tensor:
     span, n = rows.shape
-    codes, errors = torch.empty_like(rows), torch.empty_like(rows)
+    errors = torch.empty_like(rows)
     stride = n if len(scale) > 1 else 0
-    _round_span[(triton.cdiv(n, _BLOCK_N),)](
-        rows, u, scale, zero, rows if start is None else start, codes, errors, n, span, stride, float((1 << bits) - 1),
-        BEGUN=start is not None, SPAN=max(16, triton.next_power_of_2(span)), BLOCK_N=_BLOCK_N,
+    _span[(-(-n // _BLOCK_N),)](
+        rows, slope, u, u.stride(0), scale, zero, stride, codes, errors, n, span, float((1 << bits) - 1),
+        DESCENT=descent, SPAN=max(16, 1 << (span - 1).bit_length()), BLOCK_N=_BLOCK_N,
     )  # fmt: skip
-    return codes, errors
+    return errors
+
+
+def round_span(rows: Tensor, u: Tensor, scale: Tensor, zero: Tensor, bits: int, codes: Tensor) -> Tensor:
+    """As `rounding.round_span`, in another order of summation: results differ by float32 rounding."""
+    return _run(rows, rows, u, scale, zero, bits, codes, descent=False)
+
+
+def descend_span(
+    value: Tensor, slope: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, codes: Tensor
+) -> Tensor:
+    """As `rounding.descend_span`, likewise."""
+    return _run(value, slope, hessian, scale, zero, bits, codes, descent=True)
