@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "awq": {"quant_method": "awq"},
     "autoround": {"quant_method": "autoround", "iters": 200},
+    "autoround compiled": {"quant_method": "autoround", "iters": 200, "compile": True},
     "autoround rtn": {"quant_method": "autoround", "iters": 200, "init": "rtn"},
 }  # fmt: skip
 COLUMNS = (

@@ -11,7 +11,7 @@ float model's; each is a setting, and docs/algorithms.md has what each is worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from woq.algorithms.base import Algorithm, LayerResult, float_weight
 from woq.algorithms.gptq import Gptq
 from woq.algorithms.kernels import fake_quantizer
 from woq.algorithms.rtn import Rtn
-from woq.algorithms.tunable import FakeQuantize, Tunable, plain_fake_quantize
+from woq.algorithms.tunable import FakeQuantize, Tunable, fake_quantize, plain_fake_quantize
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
 from woq.phases import phase
@@ -43,6 +43,7 @@ class AutoRound(Algorithm[AutoRoundConfig]):
 
     def __init__(self, config: AutoRoundConfig) -> None:
         super().__init__(config)
+        self.runner = torch.compile(_run_with) if config.compile else _run_with
         self.starter: Algorithm[Any] = Gptq(GPTQConfig()) if config.init == "gptq" else Rtn(RtnConfig())
 
     @property
@@ -70,6 +71,7 @@ class AutoRound(Algorithm[AutoRoundConfig]):
             modules,
             tunables,
             self._quantizer(inputs.device, specs),
+            self.runner,
             given,
             targets,
             training,
@@ -89,9 +91,9 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         return {name: results[name] for name in specs}
 
     def _quantizer(self, device: torch.device, specs: Mapping[str, WeightSpec]) -> FakeQuantize:
-        if self.config.compile:
-            return torch.compile(plain_fake_quantize)
-        return fake_quantizer(device, max(spec.group_size for spec in specs.values()))
+        """The kernels where there are some, else what torch.compile makes of it where that was asked for."""
+        found = fake_quantizer(device, max(spec.group_size for spec in specs.values()))
+        return torch.compile(plain_fake_quantize) if found is fake_quantize and self.config.compile else found
 
     def _targets(self, block: nn.Module, inputs: BlockInputs) -> list[Tensor]:
         """What the block's outputs are to be, [B, L, H] a batch, where the inputs are."""
@@ -144,6 +146,7 @@ class Tuning:
     modules: Mapping[str, Linear]
     tunables: Sequence[Tunable]
     quantizer: FakeQuantize
+    runner: Callable[..., Any]
     inputs: BlockInputs
     targets: Sequence[Tensor]
     training: Sequence[int]
@@ -213,9 +216,18 @@ class Tuning:
                 module = self.modules[name]
                 key = f"{name}.weight".lstrip(".")
                 weights[key] = weight.t() if isinstance(module, Conv1D) else weight
+        # Looked at without gradients, a block would have to be compiled once more.
+        run = self.runner if torch.is_grad_enabled() else _run_with
         if call.hidden_by_keyword:
-            return functional_call(block, weights, (), {"hidden_states": hidden, **call.kwargs})
-        return functional_call(block, weights, (hidden, *call.args), call.kwargs)
+            return run(block, weights, (), {"hidden_states": hidden, **call.kwargs})
+        return run(block, weights, (hidden, *call.args), call.kwargs)
+
+
+def _run_with(
+    block: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Compiled for one block it serves all blocks that are like it: weights are its arguments."""
+    return functional_call(block, weights, args, kwargs)
 
 
 class _SignSgd(torch.optim.Optimizer):

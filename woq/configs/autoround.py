@@ -29,4 +29,4 @@ class AutoRoundConfig(TrainedConfig):
     init: Literal["rtn", "gptq"] = "gptq"
     """What rounding to start from."""
     compile: bool = False
-    """Fuse the rounding of a step by torch.compile: some seconds once, pays for blocks of 10^8 weights."""
+    """Run a training step through torch.compile: some ten seconds once a model, pays for blocks of 10^8 weights."""
