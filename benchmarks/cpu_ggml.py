@@ -40,6 +40,7 @@ class _Feature(ctypes.Structure):
 
 
 _BASE: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_init": (c_void_p, [_Parameters]),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
@@ -89,6 +90,8 @@ class Ggml:
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
         self.base = base
+        self.silence = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda *_: None)
+        base.ggml_log_set(self.silence, None)  # it would tell of every tensor
         top.ggml_backend_load_all_from_path(str(folder).encode())
         self.device = top.ggml_backend_dev_by_type(_DEVICE_CPU)
         self.backend = base.ggml_backend_dev_init(self.device, None)

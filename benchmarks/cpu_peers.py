@@ -8,6 +8,7 @@ checked against the weight that it should have multiplied with.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -24,9 +25,9 @@ import woq
 from benchmarks.common import Absent, Call, Layer, Maker
 from benchmarks.cpu_ggml import ggml_linear, ggml_version
 from woq.backends import load, why_not
-from woq.backends.base import Target
+from woq.backends.base import ComputeDtype, Target
 from woq.export.matmul_nbits import DOMAIN, to_nbits
-from woq.weights import QuantizedWeight
+from woq.weights import QuantizedWeight, WeightSpec
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -70,18 +71,15 @@ def _simple(dtype: torch.dtype, product: Callable[[Tensor], Tensor]) -> Layer:
 # --- ours, and torch's ---------------------------------------------------------------------------------------------
 
 
-def ours(dtype: torch.dtype, compute_dtype: str | None = None) -> Maker:
-    """The package's CPU backend."""
+def ours(backend_name: str, dtype: torch.dtype, compute_dtype: ComputeDtype | None = None) -> Maker:
+    """One of the package's backends for CPUs."""
 
     def make(weight: QuantizedWeight) -> tuple[Layer, None]:
-        if compute_dtype is not None and "compute_dtype" not in Target.__dataclass_fields__:
-            raise Absent("no int8 activations yet")
-        more = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
-        target = Target(CPU, dtype, **more)
-        reason = why_not("cpu", weight.spec, target)
+        target = Target(CPU, dtype, compute_dtype)
+        reason = why_not(backend_name, weight.spec, target)
         if reason is not None:
             raise Absent(reason)
-        backend = load("cpu")
+        backend = load(backend_name)
         state = backend.prepare(weight.pack(), target)
         return _simple(dtype, lambda x: backend.apply(x, state)), None
 
@@ -112,17 +110,28 @@ def int4pack(weight: QuantizedWeight) -> tuple[Layer, None]:
     return _simple(BF16, lambda x: op(x, packed, group, both)), None
 
 
-def bitsandbytes_nf4(weight: QuantizedWeight) -> tuple[Layer, Tensor]:
+def bitsandbytes_nf4() -> Maker:
     """bitsandbytes' own module, in blocks of 64; it repacks the weight at its first call where it has a kernel for that."""
-    bnb = _need("bitsandbytes")
-    if weight.spec.bits != 4:
-        raise Absent("NF4 has 4 bits")
-    n, k = weight.codes.shape
-    layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=BF16, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(weight.dequantize(BF16), requires_grad=False, quant_type="nf4").to("cpu")
-    reference = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    layer.eval()
-    return _simple(BF16, lambda x: layer(x)), reference
+    own_grid: dict[
+        WeightSpec, tuple[Any, Tensor]
+    ] = {}  # quantizing takes seconds: all copies hold one weight
+
+    def make(weight: QuantizedWeight) -> tuple[Layer, Tensor]:
+        bnb = _need("bitsandbytes")
+        if weight.spec.bits != 4:
+            raise Absent("NF4 has 4 bits")
+        if weight.spec not in own_grid:
+            n, k = weight.codes.shape
+            module = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=BF16, quant_type="nf4").eval()
+            values = weight.dequantize(BF16)
+            module.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4").to("cpu")
+            reference = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            own_grid[weight.spec] = module, reference.float()
+        kept, reference = own_grid[weight.spec]
+        layer = copy.deepcopy(kept)
+        return _simple(BF16, lambda x: layer(x)), reference
+
+    return make
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------------------------
@@ -261,13 +270,13 @@ def peers(threads: int, ggml: Path | None) -> list[Peer]:
         return Peer(f"woq {name}", "woq", activations, make, told=lambda: woq.__version__)
 
     return [
-        own("bf16", "exact", ours(BF16)),
-        own("fp32", "exact", ours(F32)),
-        own("int8", "int8", ours(BF16, "int8")),
+        own("bf16", "exact", ours("cpu", BF16)),
+        own("fp32", "exact", ours("cpu", F32)),
+        own("int8", "int8", ours("cpu", BF16, "int8")),
         Peer("dense bf16", "torch", "exact", dense(BF16), 16),
         Peer("dense fp32", "torch", "exact", dense(F32), 32),
         Peer("torch int4pack", "torch", "exact", int4pack),
-        Peer("bitsandbytes nf4", "bitsandbytes", "exact", bitsandbytes_nf4),
+        Peer("bitsandbytes nf4", "bitsandbytes", "exact", bitsandbytes_nf4()),
         Peer("onnxruntime", "onnxruntime", "exact", onnxruntime(0)),
         Peer("onnxruntime int8", "onnxruntime", "int8", onnxruntime(4)),
         Peer("openvino", "openvino", "exact", openvino(threads, 0)),

@@ -67,7 +67,7 @@ def test_turns_rotate_over_layers() -> None:
     turns = bench.Turns(layers, torch.zeros(1, 1))  # type: ignore[arg-type]
     turns.turn(0.0)
     turns.turn(0.0)
-    assert seen[:4] == [0, 1, 2, 0]
+    assert seen[:7] == [0, 1, 2, 0, 1, 2, 0]
     assert len(turns.samples) == 2
 
 
