@@ -77,9 +77,12 @@ def is_gguf(path: Path) -> bool:
 def load_gguf(file: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     """The model in a GGUF file as transformers reads it: dequantized, in float, a plain model from then on.
 
-    Raises CheckpointError where transformers does not know its architecture or the file is damaged.
+    Raises CheckpointError where transformers does not know its architecture, the file is damaged, or its rotary
+    frequencies are scaled in a way that transformers would pass over.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
+
+    from woq.interop.gguf_rope import restore
 
     read: Any = AutoModelForCausalLM.from_pretrained
     dequantize: Any = GgufConfig(dequantize=True)
@@ -87,6 +90,7 @@ def load_gguf(file: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> 
     try:
         with quiet_bars():
             model = read(file.parent, quantization_config=dequantize, **arguments)
+        restore(model, file)
     except (ValueError, KeyError, IndexError, OSError, ImportError, struct.error) as error:
         raise CheckpointError(
             f"{file} cannot be read by transformers: {error}", hint="is the file whole? is gguf installed?"

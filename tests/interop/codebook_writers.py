@@ -63,28 +63,30 @@ def llm_int8(rows: int, columns: int, seed: int = 0) -> Written:
     return {"weight": codes, "SCB": scb, "weight_format": torch.zeros((), dtype=torch.uint8)}, weight
 
 
-def hqq(rows: int, columns: int, bits: int, group_size: int, seed: int = 0) -> Written:
+def hqq(rows: int, columns: int, bits: int, group_size: int, seed: int = 0, axis: int = 1) -> Written:
     """As transformers saves it: every setting a tensor; text as bytes."""
     generator = torch.Generator().manual_seed(seed)
     groups = rows * columns // group_size
-    codes = torch.randint(0, 1 << bits, (groups, group_size), generator=generator)
-    scale = (torch.rand(groups, 1, generator=generator) + 0.5).half()
-    zero = (torch.rand(groups, 1, generator=generator) * (1 << bits)).half()
+    height, width = (groups, group_size) if axis else (group_size, groups)
+    shared = (groups, 1) if axis else (1, groups)
+    codes = torch.randint(0, 1 << bits, (height, width), generator=generator)
+    scale = (torch.rand(shared, generator=generator) + 0.5).half()
+    zero = (torch.rand(shared, generator=generator) * (1 << bits)).half()
     name, dtype = {8: ("8bit_u8", torch.uint8), 4: ("4bit_u8", torch.uint8), 2: ("2bit_u8", torch.uint8)}.get(
         bits, ("3bit_32", torch.int32)
     )
     each = 10 if bits == 3 else 8 // bits
-    height = -(-groups // each)
-    words = torch.zeros(height, group_size, dtype=torch.int64)
-    for r in range(groups):
-        stretch, row = divmod(r, height)
+    stretch_rows = -(-height // each)
+    words = torch.zeros(stretch_rows, width, dtype=torch.int64)
+    for r in range(height):
+        stretch, row = divmod(r, stretch_rows)
         words[row] |= codes[r] << (bits * (each - 1 - stretch))
     tensors = {
         "W_q": words.to(dtype),
         "nbits": torch.tensor(bits, dtype=torch.int32),
         "group_size": torch.tensor(group_size, dtype=torch.int32),
         "shape": torch.tensor([rows, columns]),
-        "axis": torch.tensor(1, dtype=torch.int32),
+        "axis": torch.tensor(axis, dtype=torch.int32),
         "packing": torch.tensor([ord(c) for c in name], dtype=torch.uint8),
         "scale": scale,
         "zero": zero,

@@ -56,11 +56,14 @@ def test_llm_int8() -> None:
     shape=st.sampled_from([(32, 64), (16, 192)]),
     bits=st.sampled_from([2, 3, 4, 8]),
     size=st.sampled_from([16, 64]),
+    axis=st.sampled_from([0, 1]),
 )
-def test_hqq(shape: tuple[int, int], bits: int, size: int) -> None:
-    tensors, weight = foreign.hqq(*shape, bits, size)
+def test_hqq(shape: tuple[int, int], bits: int, size: int, axis: int) -> None:
+    """Along axis 0, of more rows than a group has and of fewer: every weight has its scale."""
+    tensors, weight = foreign.hqq(*shape, bits, size, axis=axis)
     got = read(HQQ, tensors, shape)
     assert got.spec.data_type == "int_float_zeros"
+    assert got.spec.group_size == (size if axis else 1)
     assert torch.equal(got.dequantize(), weight)
 
 
@@ -117,7 +120,12 @@ BAD: list[tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = [
     (BNB, _with("weight", lambda t: t[:-1]), r"weight is torch\.uint8 \[1023, 1\]"),
     (BNB, _with("weight.absmax", lambda t: t[:-1]), r"weight\.absmax is torch\.float32 \[31\]"),
     (BNB, _with("weight.absmax", lambda t: t * float("inf")), "scales hold NaN"),
-    (HQQ, _with("axis", lambda t: t * 0), "groups run along out_features"),
+    (HQQ, _with("axis", lambda t: t * 0), r"W_q is \[16, 64\], not 64 x 32 codes"),
+    (
+        HQQ,
+        lambda t: t.update({"axis": t["axis"] * 0, "group_size": t["group_size"] * 3}),
+        "group_size 192 does not divide the weight",
+    ),
     (HQQ, _with("shape", lambda t: t + 1), r"shape \[33, 65\]"),
     (HQQ, _with("W_q", lambda t: t[:-1]), r"W_q is \[15, 64\], not 32 x 64 codes"),
     (HQQ, _with("packing", lambda t: t[:3]), "packing '4bi' of 4 bits"),
@@ -150,6 +158,10 @@ FOLDERS: dict[str, tuple[dict[str, Any], Callable[[int, int], tuple[dict[str, Te
     "bitsandbytes": (BNB, lambda n, k: foreign.bnb_4bit(n, k, "nf4", 32, True, seed=n + k)),
     "bitsandbytes-int8": (INT8, lambda n, k: foreign.llm_int8(n, k, seed=n + k)),
     "hqq": (HQQ, lambda n, k: foreign.hqq(n, k, 4, 32, seed=n + k)),
+    "hqq, axis 0": (
+        {**HQQ, "quant_config": {"weight_quant_params": {"axis": 0}}},
+        lambda n, k: foreign.hqq(n, k, 4, 32, seed=n + k, axis=0),
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from tests.interop.folders import logits, make_folder
 from tests.interop.foreign_writers import awq_gemm, gptq, random_plain
 from tests.interop.test_layers import ours
+from tests.tiny_models import GATED
 from woq import AutoModelForCausalLM, RtnConfig, quantize_folder
 from woq.errors import CheckpointError, ConfigError
 from woq.inspection import inspect_folder
@@ -80,6 +82,105 @@ def test_a_llama_with_grouped_heads(tmp_path: Path) -> None:
     assert (facts.format, facts.architecture) == ("gguf", "llama")
     assert any("Q4_0" in name for name in facts.floats)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
+
+
+SIZES: dict[str, Any] = {**GATED, "intermediate_size": 96}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+}  # fmt: skip
+FAMILIES = {
+    "mistral": transformers.MistralConfig(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "llama, linear rope": transformers.LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "llama, llama3 rope": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_and_scaled_rotations(name: str, tmp_path: Path) -> None:
+    """Quantized, converted and read back; transformers passes over what scales the rotations, we put it back."""
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(FAMILIES[name]).save_pretrained(tmp_path / "float")
+    quantize_folder(tmp_path / "float", tmp_path / "ours", RtnConfig(group_size=32), progress=Progress())
+    convert(tmp_path / "ours", tmp_path / "model.gguf", "gguf")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu", dtype=torch.float32)
+    model = read(tmp_path / "model.gguf")
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.model.rotary_emb.inv_freq, expected.model.rotary_emb.inv_freq, rtol=1e-4, atol=0
+    )
+    model.save_pretrained(tmp_path / "again")  # with the config that makes the same frequencies
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_reads_what_another_wrote(name: str, tmp_path: Path) -> None:
+    """A file made with the gguf package alone: Q8_0 matrices, float32 vectors; Gemma's norms are stored plus one."""
+    torch.manual_seed(2)
+    head = {"head_dim": 16} if name == "gemma3" else {}
+    config = {"qwen2": transformers.Qwen2Config, "gemma3": transformers.Gemma3TextConfig}[name](
+        **SIZES, **head
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if name == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    tied = bool(config.tie_word_embeddings)
+    for own, parameter in model.named_parameters():
+        data = parameter.detach()
+        if data.dim() == 2 and not own.startswith(("model.embed", "lm_head")):
+            packed = gguf.quants.quantize(data.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+            writer.add_tensor(
+                names.get_name(own, (".weight", ".bias")), packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0
+            )
+        elif not (tied and own.startswith("lm_head")):
+            plus = 1.0 if name == "gemma3" and "norm" in own else 0.0
+            writer.add_tensor(names.get_name(own, (".weight", ".bias")), (data + plus).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    got = read(tmp_path / "model.gguf")
+    assert type(got) is type(model)
+    torch.testing.assert_close(logits(got), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_rotations_that_are_not_read(tmp_path: Path) -> None:
+    """A file that says something of its rotations that transformers passes over is refused."""
+    make_folder(tmp_path / "source", lambda w: gptq(w, 0), config=SYM, sym=True)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    odd = {**LLAMA3, "high_freq_factor": 5.0, "low_freq_factor": 2.0, "original_max_position_embeddings": 64}
+    for told, message in (
+        (odd, "not as Llama 3 does"),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "scaled by 'yarn' are not read"),
+    ):
+        changed = {**config, "rope_parameters": told}
+        (tmp_path / "source/config.json").write_text(json.dumps(changed))
+        convert(tmp_path / "source", tmp_path / "x.gguf", "gguf", overwrite=True)
+        file = tmp_path / "x.gguf"
+        data = file.read_bytes()
+        stated = len(b"linear").to_bytes(8, "little") + b"linear"
+        if stated in data:  # as a file of another writer
+            file.write_bytes(data.replace(stated, len(b"linear").to_bytes(8, "little") + b"yarn  "))
+        with pytest.raises(CheckpointError, match=message.replace("'yarn'", "'yarn  '")):
+            read(file)
 
 
 def test_asymmetric_is_q4_1(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from woq.errors import CheckpointError, ConfigError
+from woq.interop import gguf_rope
 from woq.interop.convert import Source, sample
 from woq.interop.gguf_blocks import block_type, to_blocks, why_not
 from woq.interop.gguf_tokenizer import add_tokenizer
@@ -58,8 +59,17 @@ def export(source: Source, target: Path, *, overwrite: bool) -> tuple[str, ...]:
             f"{source.folder}: model_type {config.model_type!r} is not written to GGUF",
             hint=f"these are: {', '.join(ARCHITECTURES)}",
         )
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in gguf_rope.WRITTEN:
+        raise CheckpointError(
+            f"{source.folder}: rope_type {kind!r} is not written to GGUF",
+            hint=f"these are: {', '.join(gguf_rope.WRITTEN)}",
+        )
     names = gguf.get_tensor_name_map(_architecture(gguf, config), config.num_hidden_layers)
     plans = list(_plans(source, names))
+    if kind == "llama3":
+        divided = gguf_rope.factors(config)
+        plans.append(Plan(gguf_rope.FREQUENCIES, tuple(divided.shape), "F32", lambda: divided))
     aside = target.with_name(f"{target.name}.partial")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -178,16 +188,12 @@ def _array(tensor: Tensor) -> Any:
 
 
 def _add_metadata(writer: Any, source: Source, plans: list[Plan]) -> None:
-    """The model's sizes. Raises CheckpointError for rotary frequencies that llama.cpp would compute otherwise."""
+    """The model's sizes."""
     import gguf
 
     config = source.model_config
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise CheckpointError(
-            f"{source.folder}: rope_type {kind!r} is not written to GGUF", hint="default and linear are"
-        )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(source.folder.name)
     writer.add_context_length(config.max_position_embeddings)

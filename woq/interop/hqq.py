@@ -1,15 +1,17 @@
 """HQQ: integer codes with float zero points, which are kept.
 
     W = (q - zero) * scale, groups in the rows of the weight reshaped to [-1, group_size]       (axis 1)
+                            groups in the columns of the weight reshaped to [group_size, -1]    (axis 0)
 
 Codes are packed along the rows of that matrix: it is cut into as many stretches as a word has codes, the first in the
-highest bits. Groups along the other axis (axis 0) share scales across outputs, which our form cannot hold: refused, and
-so are scales that were quantized themselves (`formats.md` section 8). Read are transformers' safetensors, where each
-setting is a tensor, and hqq's own `qmodel.pt`.
+highest bits. Along axis 0 neighbours in a row of the weight have scales of their own; our form holds that as groups of
+one feature: exact, at 36 bits a weight. Scales that were quantized themselves are refused (`formats.md` section 8).
+Read are transformers' safetensors, where each setting is a tensor, and hqq's own `qmodel.pt`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -54,26 +56,41 @@ class HqqReader(Reader):
             raise layer.refuse("its scales or zero points are quantized themselves: not read")
         packing = _text(layer, "packing")
         bits, axis, stated = (_number(layer, name) for name in ("nbits", "axis", "group_size"))
-        if axis == 0:
-            raise layer.refuse("its groups run along out_features (axis 0)", "quantize it with axis=1")
         if packing not in PER_WORD or PER_WORD[packing][0] != bits or _shape(layer) != [n, k]:
             raise layer.refuse(
                 f"packing {packing!r} of {bits} bits, shape {_shape(layer)}; the model has {[n, k]}"
             )
-        size = stated or k
-        if size < 1 or k % size:
-            raise layer.refuse(f"group_size {size} does not divide in_features {k}")
-        rows = n * k // size
-        codes = unpack(_words(layer), packing, rows, size)
+        size = stated or (k if axis else n)
+        if size < 1 or (n * k if axis == 0 else k) % size:
+            raise layer.refuse(
+                f"group_size {size} does not divide {'the weight' if axis == 0 else f'in_features {k}'}"
+            )
+        groups = n * k // size
+        rows, columns = (groups, size) if axis else (size, groups)
+        codes = unpack(_words(layer), packing, rows, columns)
         if codes is None:
-            raise layer.refuse(f"W_q is {list(_words(layer).shape)}, not {rows} x {size} codes as {packing}")
-        scale, zero = (_meta(layer, name, HALVES, (rows, 1)) for name in ("scale", "zero"))
+            raise layer.refuse(
+                f"W_q is {list(_words(layer).shape)}, not {rows} x {columns} codes as {packing}"
+            )
+        shape = (rows, 1) if axis else (1, columns)
+        scale, zero = (_meta(layer, name, HALVES, shape) for name in ("scale", "zero"))
         dtype = torch.promote_types(scale.dtype, zero.dtype)
+        if axis == 0:  # every weight has a scale, that of its column
+            scale, zero, size = scale.expand(rows, columns), zero.expand(rows, columns), 1
         scales, zeros = (t.to(dtype).reshape(n, k // size) for t in (scale, zero))
         return pack(layer, Parts(codes.reshape(n, k), scales, zeros), bits, size, "int_float_zeros")
 
     def describe(self) -> str:
         return "HQQ: codes in stretches, float zero points"
+
+    def oddities(self) -> list[str]:
+        asked = self.found.raw.get("quant_config")
+        values = asked.get("weight_quant_params") if isinstance(asked, Mapping) else None
+        if not isinstance(values, Mapping) or values.get("axis") != 0:
+            return []
+        return [
+            "groups run along out_features (axis 0): every weight has a scale of its own here, at 36 bits a weight"
+        ]
 
 
 def unpack(words: Tensor, packing: str, rows: int, columns: int) -> Tensor | None:

@@ -42,7 +42,7 @@ class IpexReader(Reader):
 
     @classmethod
     def detect(cls, found: Found) -> bool:
-        return all(_FILE.match(file.name) for file in found.files)
+        return bool(found.files) and all(_FILE.match(file.name) for file in found.files)
 
     def read(self, layer: Layer) -> PackedWeight:
         words = layer.tensor("qweight", torch.int32)
