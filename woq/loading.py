@@ -16,6 +16,7 @@ from torch import nn
 from woq.blocks import Linear, find_blocks, linears
 from woq.embedding import QuantEmbedding
 from woq.errors import CheckpointError
+from woq.interop.files import DESCRIPTIONS, IN_CONFIG, UNDESCRIBED
 from woq.interop.folder import QuantizedFolder
 from woq.linear import QuantLinear
 from woq.moe import is_fused_experts, unfuse_experts
@@ -26,6 +27,9 @@ Offload = Literal["auto", "always", "never"]
 
 # A float model that takes more of the free memory than this is read block by block.
 _IN_MEMORY_SHARE = 0.4
+
+_TEXTS = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 # Buffers that older checkpoints store and models now compute (transformers passes over them too).
 _RECOMPUTED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
@@ -43,17 +47,30 @@ def resolve_folder(path: str | Path, hub: Mapping[str, Any]) -> Path:
         raise CheckpointError(
             f"{path} is no folder", hint="pass the folder that holds config.json, or a hub id"
         )
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:  # no pickles: what has no safetensors is not loaded
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
-        return Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+    try:
+        return _download(str(path), hub)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{path!r} is neither a folder nor a hub repository that can be reached: {error}",
             hint="download it where there is a network and pass the folder",
         ) from error
+
+
+def _download(name: str, hub: Mapping[str, Any]) -> Path:
+    """The repository in the hub's cache. Pickles come only where it is quantized and has no safetensors: those of float
+    models are never loaded, and many repositories hold both."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, "*.safetensors"], **hub))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    config = folder / CONFIG
+    described = any((folder / description).exists() for description in DESCRIPTIONS)
+    if described or (config.exists() and any(key in read_json(config) for key in IN_CONFIG)):
+        return Path(snapshot_download(name, allow_patterns=[*_TEXTS, *_PICKLES], **hub))
+    return Path(snapshot_download(name, allow_patterns=[*_TEXTS, *UNDESCRIBED], **hub))
 
 
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -91,7 +108,7 @@ def load_gguf(file: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> 
         with quiet_bars():
             model = read(file.parent, quantization_config=dequantize, **arguments)
         restore(model, file)
-    except (ValueError, KeyError, IndexError, OSError, ImportError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, OSError, ImportError, struct.error) as error:
         raise CheckpointError(
             f"{file} cannot be read by transformers: {error}", hint="is the file whole? is gguf installed?"
         ) from error

@@ -92,7 +92,7 @@ LLAMA3 = {
 FAMILIES = {
     "mistral": transformers.MistralConfig(**SIZES),
     "qwen2": transformers.Qwen2Config(**SIZES),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=128),  # all that transformers' reader knows
     "llama, linear rope": transformers.LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     ),

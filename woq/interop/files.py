@@ -14,6 +14,7 @@ from woq.errors import CheckpointError
 from woq.interop.base import Found
 from woq.tensor_files import CONFIG, QUANTIZE_CONFIG, WEIGHTS, read_json, shards
 
+IN_CONFIG = ("quantization_config", "compression_config")  # keys of config.json
 DESCRIPTIONS = (QUANTIZE_CONFIG, "quant_config.json", "qconfig.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Files of a training run that hold no weights
@@ -25,7 +26,7 @@ UNDESCRIBED = ("gptq_checkpoint_g*.pt", "qmodel.pt")
 def find(folder: Path) -> Found | None:
     """What says that `folder` is quantized, or None for a float one. Raises CheckpointError where it is malformed."""
     config = read_json(folder / CONFIG)
-    for key in ("quantization_config", "compression_config"):
+    for key in IN_CONFIG:
         if key in config:
             if not isinstance(config[key], Mapping):
                 raise CheckpointError(f"{folder / CONFIG}: {key} is {config[key]!r}, expected an object")
