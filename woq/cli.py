@@ -256,7 +256,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks instead, with commas between.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of tasks: examples in a prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of tasks: samples at most, to try.")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Task files of your own.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Task files of your own, in place of lm-eval's.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Annotated[str, typer.Option(help="auto, or a name that `woq doctor` lists.")] = "auto",

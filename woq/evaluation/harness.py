@@ -43,20 +43,13 @@ def evaluate_model(
 ) -> dict[str, dict[str, float]]:
     """Task or group of tasks -> figure as lm-eval names it ("acc,none", "acc_stderr,none") -> value.
 
-    limit: samples of each task at most; for trying only. task_folder: a folder with task files of one's own.
-    Raises ConfigError for a task that is not there, or where its data cannot be had.
+    limit: samples of each task at most; for trying only. task_folder: task files of one's own, in place
+    of lm-eval's. Raises ConfigError for a task that is not there, or where its data cannot be had.
     """
     wrapped = harness_model(model, tokenizer, batch_size=batch_size)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown or not tasks:
-        raise ConfigError(
-            f"lm-eval knows no task {unknown}",
-            hint="`lm_eval ls tasks` lists them; or a folder of task files",
-        )
+    manager = _tasks(tasks, task_folder)
     try:
         found = simple_evaluate(
             wrapped,
@@ -81,19 +74,14 @@ def evaluate_model(
 
 
 def _tasks(names: Sequence[str], folder: str | Path | None) -> Any:
-    """What finds the tasks. lm-eval's own are thousands of files and take it a minute to list: only where they are asked for."""
+    """What finds the tasks: lm-eval's own, thousands of files that it takes minutes to list, or a folder's alone."""
     from lm_eval.tasks import TaskManager
 
-    own = None if folder is None else str(folder)
-    found = None if own is None else TaskManager(include_path=own, include_defaults=False)
-    if found is None or not all(found.match_tasks([name]) for name in names):
-        found = TaskManager(include_path=own)
+    found = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
     unknown = [name for name in names if not found.match_tasks([name])]
     if unknown or not names:
-        raise ConfigError(
-            f"lm-eval knows no task {unknown}",
-            hint="`lm_eval ls tasks` lists them; or a folder of task files",
-        )
+        where = "lm-eval" if folder is None else str(folder)
+        raise ConfigError(f"{where} has no task {unknown}", hint="`lm_eval ls tasks` lists lm-eval's own")
     return found
 
 
