@@ -334,3 +334,22 @@ def test_a_fallback_under_desc_act_still_packs_what_its_spec_promises(layout: La
     assert packed.tensors().keys() == spec.packed_shapes().keys()
     back = PackedWeight.from_tensors(spec, packed.tensors(), "layer").unpack()
     assert torch.equal(back.groups_of_inputs(), torch.arange(64) // 32)
+
+
+def test_feedback_that_goes_wrong_is_worse_than_nothing_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a broken kernel would: any codes. The layer is then rounded to nearest, and says so."""
+    block, inputs = block_and_inputs()
+    right = run(block, inputs, "qkvo")
+    assert not any("feedback" in result.note for result in right.values())
+
+    def any_codes(weight: Tensor, factor: Tensor, bits: int, spans: Any, grid: Any) -> Tensor:
+        codes = round_columns(weight, factor, bits, spans, grid)
+        return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+
+    monkeypatch.setattr("woq.algorithms.gptq.round_columns", any_codes)
+    wrong = run(block, inputs, "qkvo", refine=0)
+    for name, result in wrong.items():
+        assert "error feedback came to" in result.note
+        assert result.loss is not None
+        assert right[name].loss is not None
+        assert result.loss < 20 * right[name].loss  # type: ignore[operator]

@@ -58,7 +58,7 @@ from woq.algorithms.stages import stages, within_budget
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import GPTQConfig
 from woq.phases import phase
-from woq.quant import Search
+from woq.quant import Search, dequantize, quantize
 from woq.replay import BlockInputs, input_groups
 from woq.walk import walkers
 from woq.weights import QuantizedWeight, WeightSpec
@@ -138,7 +138,8 @@ class Gptq(Algorithm[GPTQConfig]):
             note = "no calibration token reached it" if not moment.tokens else "Hessian not positive definite"
             note += ": rounded to nearest"
         else:
-            codes, scales, zeros, g_idx, damping = rounded
+            codes, scales, zeros, g_idx, damping, gated = rounded
+            note = "; ".join(part for part in (note, gated) if part)
         counts, found = [len(weight) for weight in weights], []
         for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
             if rounded is None:
@@ -156,8 +157,8 @@ class Gptq(Algorithm[GPTQConfig]):
 
     def _round(
         self, weight: Tensor, spec: WeightSpec, moment: SecondMoment, hessian: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float] | None:
-        """(codes uint8 [N, K], scales, zeros, g_idx, damping), or None where no damping makes H definite."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, str] | None:
+        """(codes uint8 [N, K], scales, zeros, g_idx, damping, remark), or None where no damping makes H definite."""
         config = self.config
         order = self._order(hessian.diagonal(), spec.group_size)
         with phase("factor"):
@@ -188,13 +189,17 @@ class Gptq(Algorithm[GPTQConfig]):
         ordered = weight[:, order]
         with phase("round"):
             codes = round_columns(ordered, factor, spec.bits, spans, grid).t()
-        codes = self._refine(ordered, codes, grids, hessian[order][:, order], spec)[:, back]
+        in_order = hessian[order][:, order]
+        codes = self._refine(ordered, codes, grids, in_order, spec)
+        with phase("gate"):
+            codes, remark = or_nearest(ordered, codes, *grids.by_position(), in_order, spec.bits)
         return (
-            codes.to(torch.uint8).contiguous(),
+            codes[:, back].to(torch.uint8).contiguous(),
             grids.scales.to(spec.scale_dtype),
             grids.zeros.to(torch.uint8),
             (back // spec.group_size).to(torch.int32) if spec.desc_act else None,
             damping,
+            remark,
         )
 
     def _refine(
@@ -227,6 +232,26 @@ class Gptq(Algorithm[GPTQConfig]):
         by_group = torch.argsort(means, descending=True, stable=True).tolist()
         inside = [torch.argsort(group, descending=True, stable=True) for group in groups]
         return torch.cat([inside[g] + g * group_size for g in by_group])
+
+
+def or_nearest(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, bits: int
+) -> tuple[Tensor, str]:
+    """`codes`, or the nearest ones on the same grid where those have the smaller tr(D H D'); and a remark if so.
+
+    Rounding with feedback that ends up worse than without has gone wrong, on an ill-conditioned `hessian` or in a kernel:
+    the result is never worse than the simple one. All [N, K], hessian [K, K].
+    """
+    nearest = quantize(weight, scale, zero, bits)
+
+    def error(tried: Tensor) -> Tensor:
+        difference = dequantize(tried, scale, zero) - weight
+        return (product(difference, hessian) * difference).sum()
+
+    both = torch.stack([error(codes), error(nearest)]).tolist()
+    if both[0] <= both[1]:  # false for NaN too
+        return codes, ""
+    return nearest, f"error feedback came to {both[0]:.3g}, rounding to nearest to {both[1]:.3g}: the latter"
 
 
 def _alike(group: Sequence[str], specs: Mapping[str, WeightSpec]) -> list[list[str]]:
