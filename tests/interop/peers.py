@@ -150,7 +150,7 @@ def hqq(out: Path, folder: Path) -> None:
     model = TINY_ARCHITECTURES["llama"]()
     tensors, weights = dict(model.state_dict()), {}
     for i, (name, linear) in enumerate(_linears(model).items()):
-        config = BaseQuantizeConfig(nbits=(4, 8, 3, 2)[i % 4], group_size=32, axis=1)
+        config = BaseQuantizeConfig(nbits=(4, 8, 3, 2)[i % 4], group_size=32, axis=(1, 0)[i // 4 % 2])
         layer = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
         weights[name] = layer.dequantize().float()
         del tensors[f"{name}.weight"]
