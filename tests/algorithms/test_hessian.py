@@ -9,9 +9,11 @@ from torch import Tensor
 from woq.algorithms.hessian import (
     FEW_TOKENS,
     SecondMoment,
+    _triangular_inverse,
     factor_with_ladder,
     fill_up_rare_experts,
     inverse_factor,
+    make_up_for_drift,
     relative_error,
 )
 from woq.errors import CalibrationError
@@ -36,6 +38,46 @@ def test_factor_is_that_of_the_damped_inverse(features: int, rng: torch.Generato
     inverse = torch.linalg.inv(damped)
     got = factor.double().t() @ factor.double()
     assert (got - inverse).norm() < 1e-3 * inverse.norm()
+
+
+@pytest.mark.parametrize("features", [5, 8, 37])
+def test_a_triangle_is_inverted_by_halves(
+    features: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("woq.algorithms.hessian._SOLVED_AT_ONCE", 4)
+    upper = torch.randn(features, features, generator=rng, dtype=torch.float64).triu_(1) + 3 * torch.eye(
+        features
+    )
+    inverse = _triangular_inverse(upper)
+    torch.testing.assert_close(upper @ inverse, torch.eye(features, dtype=torch.float64))
+    assert torch.equal(inverse, inverse.triu())
+
+
+@pytest.mark.parametrize("rows", [7, 40])
+def test_drift_is_made_up_for_in_least_squares(rows: int, rng: torch.Generator) -> None:
+    """W + W (X'(X_float - X))' (X'X)^-1, whether there are more rows or more features."""
+    x = torch.randn(90, 20, generator=rng)
+    float_x = x + 0.2 * torch.randn(90, 20, generator=rng)
+    moment = SecondMoment.zeros(20, torch.device("cpu"), drifting=True)
+    moment.add("layer", x[:50], float_x[:50])
+    moment.add("layer", x[50:], float_x[50:])
+    order = torch.randperm(20, generator=rng)
+    factor = inverse_factor(moment.normalized()[order][:, order], 1e-6)
+    assert factor is not None
+    weight = torch.randn(rows, 20, generator=rng)
+    wanted = torch.linalg.lstsq(x, float_x @ weight.t()).solution.t()
+    torch.testing.assert_close(
+        make_up_for_drift(weight, moment, factor, order, 1.0), wanted, rtol=1e-3, atol=1e-3
+    )
+    half = make_up_for_drift(weight, moment, factor, order, 0.5)
+    torch.testing.assert_close(half, (weight + wanted) / 2, rtol=1e-3, atol=1e-3)
+
+
+def test_half_of_a_wide_moment_is_computed_and_mirrored(rng: torch.Generator) -> None:
+    x = torch.randn(40, 400, generator=rng)
+    moment = moment_of(x)
+    torch.testing.assert_close(moment, x.t() @ x / 40, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moment, moment.t())
 
 
 def test_batches_add_up(rng: torch.Generator) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from tests.algorithms.test_gptq import correlated
 from woq.algorithms import kernels
 from woq.algorithms.hessian import inverse_factor
-from woq.algorithms.rounding import best_scales, descend, group_spans, round_columns
+from woq.algorithms.products import product
+from woq.algorithms.rounding import Grids, best_scales, descend, group_spans, round_columns
 from woq.quant import dequantize, group_params, quantize, smallest_scale
+from woq.weights import WeightSpec
 
 N, K, GROUP, BITS = 8, 48, 16, 3
 
@@ -90,6 +92,21 @@ def test_span_length_changes_no_code() -> None:
     assert (short == long).float().mean() > 0.99
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_and_products_are_right() -> None:
+    assert kernels.check(torch.device("cuda")) is None
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(300, 300, generator=generator).cuda() for _ in range(2))
+    exact = (a.double() @ b.double()).float()
+    scale = float(a.norm(dim=1).max() * b.norm(dim=0).max())
+    assert (product(a, b) - exact).abs().max() < 2e-5 * scale
+    levels = torch.randint(-128, 128, (300, 300), generator=generator).float().cuda()
+    close = (levels.double() @ b.double()).float()
+    assert (product(levels, b, whole=True) - close).abs().max() < 2e-5 * float(
+        levels.norm(dim=1).max() * b.norm(dim=0).max()
+    )
+
+
 def test_triton_kernel_rounds_as_the_loop() -> None:
     pytest.importorskip("triton")
     command = "import os; os.environ['TRITON_INTERPRET'] = '1'; from tests.algorithms import test_rounding as t; t.kernel()"
@@ -117,8 +134,29 @@ def kernel() -> None:
             got = getattr(rounding_triton, name)(*given, scale, zero, 4, others)
             assert torch.equal(codes, others)
             torch.testing.assert_close(expected, got)
+    through_the_loops()
     searched(generator)
     assert kernels.check(torch.device("cpu")) is None
+
+
+def through_the_loops() -> None:
+    """Factors and moments laid out as their makers leave them, through whole loops: kernels against torch."""
+    weight, hessian, codes, scale, zero = problem()
+    factor = inverse_factor(hessian, 0.01)
+    assert factor is not None
+    results = []
+    for fused in (False, True):
+        kernels.kernels_on = lambda _device, fused=fused: fused  # type: ignore[misc]
+        for u in (factor, factor.t().contiguous().t()):  # by rows, by columns
+            grids = Grids.empty(N, K // GROUP, torch.arange(K) // GROUP)
+            spec = WeightSpec(K, N, BITS, GROUP, False)
+            grid = grids.choosing(spec, "mse", torch.ones(K))
+            rounded = round_columns(weight, u, BITS, group_spans(K, GROUP, 128), grid).t()
+            by_columns = hessian.t().contiguous().t()
+            results.append((rounded, descend(weight, codes, scale, zero, by_columns, BITS, 32)))
+    for rounded, swept in results[1:]:
+        assert (rounded == results[0][0]).float().mean() > 0.97
+        assert (swept == results[0][1]).float().mean() > 0.97
 
 
 def searched(generator: torch.Generator) -> None:

@@ -142,7 +142,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
         upper = lower.flip(0, 1)
         factor = _triangular_inverse(upper)
         if torch.isfinite(factor).all():
-            return factor.float()
+            return factor.float().contiguous()  # LAPACK's come by columns; kernels read along rows
     return None
 
 
