@@ -22,6 +22,7 @@ from woq import (
     GPTQConfig,
     QuantConfig,
     RtnConfig,
+    native,
     quantize,
     quantize_folder,
     save_pretrained,
@@ -320,3 +321,28 @@ def test_checkpoints_without_a_dtype(tiny_model: TinyModel, tmp_path: Path) -> N
     model = tiny_model("llama")
     quantize(model, RtnConfig(group_size=32))
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_compute_dtype_is_the_users_choice(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As recorded, or as asked for, by IPEX's names too; saving and loading does not lose it."""
+    missing = native.why_not("cpu")
+    if missing is not None:
+        pytest.skip(f"no int8 activations: {missing}")
+    model = tiny_model("llama")
+    quantize(model, RtnConfig(group_size=32, compute_dtype="int8"), progress=QUIET)
+    save_pretrained(model, tmp_path / "q")
+
+    def load(**asked: Any) -> Tensor:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "q", device_map="cpu", dtype="float32", **asked
+        )
+        assert {m.backend for m in loaded.modules() if isinstance(m, QuantLinear)} == {"cpu"}
+        return logits(loaded)
+
+    exact, recorded = load(compute_dtype=None), load()
+    assert 0 < (recorded - exact).norm() < 0.1 * exact.norm()
+    assert torch.equal(load(compute_dtype="INT8"), recorded)
+    for name in ("none", "NONE", "fp32", "BF16", "fp16"):
+        assert torch.equal(load(compute_dtype=name), exact)
+    with pytest.raises(ConfigError, match=r"compute_dtype='int4'\n.*int8.*none"):
+        load(compute_dtype="int4")

@@ -52,7 +52,10 @@ class _Student(nn.Module):
         scales = storable_scale(self.start.scales.float() * self.factor.squeeze(-1), spec.scale_dtype)
         packed = replace(self.start, scales=scales.to(spec.scale_dtype)).pack()
         return QuantLinear(
-            packed.to(self.layer.packed.qweight.device), self.layer.bias, self.layer.requested_backend
+            packed.to(self.layer.packed.qweight.device),
+            self.layer.bias,
+            self.layer.requested_backend,
+            self.layer.compute_dtype,
         )
 
 

@@ -8,13 +8,14 @@ that of the reference: adapters train on top of any backend.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from woq.backends import choose
-from woq.backends.base import Backend, Target
+from woq.backends.base import Backend, ComputeDtype, Target
 from woq.weights import PackedWeight, WeightSpec
 
 if TYPE_CHECKING:
@@ -26,11 +27,19 @@ class QuantLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, backend: str = "auto") -> None:
-        """packed: on any device. bias: [out_features] or None. backend: "auto", or a name from `woq.backends`."""
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        backend: str = "auto",
+        compute_dtype: ComputeDtype | None = None,
+    ) -> None:
+        """packed: on any device. bias: [out_features] or None. backend: "auto", or a name from `woq.backends`.
+        compute_dtype: what activations may be rounded to; None: not at all (`Target`)."""
         super().__init__()
         self.packed = packed
         self.requested_backend = backend
+        self.compute_dtype = compute_dtype
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._backend: Backend[Any] | None = None
         self._state: Any = None
@@ -67,7 +76,11 @@ class QuantLinear(nn.Module):
         return self.packed.qweight if target is None else self.packed.qweight.to(target.device)
 
     def prepare(self, target: Target) -> None:
-        """Choose a backend for `target` and give it the weight. Raises BackendError where there is none."""
+        """Choose a backend for `target` and give it the weight; the layer's own `compute_dtype` holds.
+
+        Raises BackendError where there is none.
+        """
+        target = replace(target, compute_dtype=self.compute_dtype)
         self._backend = choose(self.spec, target, self.requested_backend)
         self._state = self._backend.prepare(self.packed, target)
         self._target = target

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from woq.backends import refusals
-from woq.backends.base import Target
+from woq.backends.base import COMPUTE_DTYPES, ComputeDtype, Target
 from woq.configs import QuantConfig, as_config, config_from_dict
 from woq.device import available_devices, quantization_device
 from woq.errors import CheckpointError, ConfigError
@@ -52,6 +52,7 @@ class AutoModelForCausalLM:
         device_map: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
         backend: str = "auto",
+        compute_dtype: str | None = "auto",
         offload: Offload = "auto",
         trust_remote_code: bool = False,
         progress: Progress | None = None,
@@ -69,6 +70,9 @@ class AutoModelForCausalLM:
             dtype: of activations and of what stays float. "auto": what is stored, but bfloat16 in place of float16
                 on a CPU, where float16 is many times slower.
             backend: "auto" or a name that `woq doctor` lists.
+            compute_dtype: the least that activations may be rounded to in quantized linears, by IPEX's names too: None or
+                "none" (not at all), "fp32", "fp16", "bf16", "int8" (faster on CPUs; docs/cpu.md has the error). "auto":
+                as the configuration says that quantized the model.
             offload: whether a float model's blocks are read from disk one by one: "auto" when memory is short.
             hub: revision, token, cache_dir, local_files_only.
 
@@ -77,6 +81,7 @@ class AutoModelForCausalLM:
         reference. Raises the errors of `woq.errors`.
         """
         _refuse_unknown(hub)
+        as_compute_dtype(compute_dtype)
         device = run_device(device_map)
         if is_gguf(Path(path)):
             return _from_gguf(Path(path), quantization_config, dtype, device, trust_remote_code)
@@ -108,7 +113,7 @@ class AutoModelForCausalLM:
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-        return _ready(model, device, running)
+        return _ready(model, device, running, compute_dtype)
 
 
 def quantize_folder(
@@ -201,7 +206,7 @@ def _refuse_unknown(hub: Mapping[str, Any]) -> None:
         )
 
 
-def _ready(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _ready(model: Any, device: torch.device, dtype: torch.dtype, compute_dtype: str | None) -> Any:
     """On its device, in its dtype, every kernel checked, saving as a quantized model does."""
     for parameter in model.parameters():  # parameters only: rotary frequencies and the like stay float32
         if parameter.is_floating_point():
@@ -209,15 +214,40 @@ def _ready(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     model.to(device)
     device = next(model.parameters()).device  # "cuda" became "cuda:0", as inputs will say
     model.config.dtype = dtype
+    own = model.config.quantization_config.get("woq", {}).get("config")
+    model.quantization_config = None if own is None else config_from_dict(own)
+    _set_compute_dtype(model, compute_dtype)
     counts = prepare_and_check(model, Target(device, dtype))
     used = ", ".join(f"{name} for {count} layers" for name, count in counts.items())
     log.info("running on %s in %s: %s", device, dtype, used)
     if "reference" in counts:
         _say_why_slow(model, Target(device, dtype))
-    own = model.config.quantization_config.get("woq", {}).get("config")
-    model.quantization_config = None if own is None else config_from_dict(own)
     model.save_pretrained = types.MethodType(save_pretrained, model)
     return model
+
+
+def _set_compute_dtype(model: Any, requested: str | None) -> None:
+    """Tell every quantized linear what activations may be rounded to, as asked or as the model's configuration says."""
+    recorded = None if model.quantization_config is None else model.quantization_config.compute_dtype
+    chosen = recorded if requested == "auto" else as_compute_dtype(requested)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.compute_dtype = chosen
+    if chosen == "int8":
+        log.info("activations of quantized linears may be rounded to int8 (compute_dtype)")
+
+
+def as_compute_dtype(requested: str | None) -> ComputeDtype | None:
+    """One of `COMPUTE_DTYPES`, in any case; None for None, "none" and "auto". Raises ConfigError."""
+    name = "none" if requested is None else str(requested).lower()
+    if name in ("none", "auto"):
+        return None
+    for known in COMPUTE_DTYPES:
+        if name == known:
+            return known
+    raise ConfigError(
+        f"compute_dtype={requested!r}", hint=f"one of {[*COMPUTE_DTYPES, 'none', 'auto']}, in any case"
+    )
 
 
 def _say_why_slow(model: nn.Module, target: Target) -> None:

@@ -109,8 +109,6 @@ class _Run:
         progress.say(
             f"{len(self.blocks)} blocks in {self.path!r}, {len(plan.specs)} linears, {plan.coverage:.1%} of the blocks' weights"
         )
-        if config.compute_dtype is not None:
-            progress.say("compute_dtype is only recorded: every backend computes in the activations' dtype")
         for name, what in plan.adjusted.items():
             progress.say(f"{name}: {what}")
 

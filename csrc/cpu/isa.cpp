@@ -26,7 +26,11 @@ const Kernels* level(int number) {
     default: return nullptr;
   }
 }
+
+bool has_amx_bf16() { return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16"); }
 #else
+bool has_amx_bf16() { return false; }
+
 const Kernels* level(int number) { return number == 0 ? &kernels_portable : nullptr; }
 #endif
 

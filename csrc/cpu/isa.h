@@ -10,4 +10,7 @@ constexpr int kLevels = 6;
 // 3 AVX-512, 4 AVX-512 with VNNI, 5 AVX-512 with VNNI and BF16.
 const Kernels* level(int number);
 
+// Whether the processor has AMX tiles for bf16: then torch's matrix product is the fastest there is for many tokens.
+bool has_amx_bf16();
+
 }  // namespace woq

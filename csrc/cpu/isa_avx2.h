@@ -49,6 +49,7 @@ struct Isa {
   static I differ(I a, I b) { return _mm256_xor_si256(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }

@@ -53,6 +53,7 @@ struct Isa {
   static I differ(I a, I b) { return _mm512_xor_si512(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
@@ -86,6 +87,9 @@ struct Isa {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static void to_bf16(uint16_t* p, F v) {
+#if defined(__AVX512BF16__)  // but it takes subnormal numbers for 0, as all bf16 arithmetic of these processors does
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#endif
     const I bits = as_bits(v);
     const I rounded = add(add(bits, all(0x7fffu)), both(right<16>(bits), all(1u)));
     const I kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), all(0x7fc00000u));

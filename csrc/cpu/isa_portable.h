@@ -37,6 +37,7 @@ struct Isa {
   static I differ(I a, I b) { return a ^ b; }
   static I add(I a, I b) { return a + b; }
   static F add(F a, F b) { return a + b; }
+  static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F fnma(F a, F b, F c) { return c - a * b; }

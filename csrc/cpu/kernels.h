@@ -81,6 +81,8 @@ struct Kernels {
   // group into a buffer first and runs all tiles over it.
   void (*direct)(const Weight&, Kind, const Arranged&, int64_t first, int64_t last, const Output&);
   void (*panel)(const Weight&, Kind, const Arranged&, int64_t first, int64_t last, const Output&);
+  // Row tiles first .. last as bf16, inputs in the weight's order: out[input * stride + row - first row].
+  void (*dequantize)(const Weight&, int64_t first, int64_t last, uint16_t* out, int64_t stride);
 };
 
 extern const Kernels kernels_portable;

@@ -23,6 +23,9 @@ using woq::Kind;
 
 constexpr int64_t kGrain = 1 << 18;  // multiplications below which another thread costs more than it brings
 
+constexpr int64_t kCacheBytes = 1 << 20;  // of a thread, for a panel of dequantized weights
+constexpr int64_t kMatmulFrom = 32;       // tokens from which dequantizing and AMX are faster, where there is AMX
+
 Dtype dtype_of(const Tensor& t, const char* what) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::f32;
@@ -127,8 +130,44 @@ void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Inpu
   });
 }
 
+// x with its columns in the weight's order, 0 in the padding.
+Tensor in_order(const Tensor& x, const woq::Input& in, int64_t inputs) {
+  if (in.order == nullptr && in.columns == inputs) return x;
+  Tensor ordered = torch::stable::new_empty(x, {x.size(0), inputs});
+  const uint16_t* from = static_cast<const uint16_t*>(in.x);
+  uint16_t* to = static_cast<uint16_t*>(ordered.data_ptr());
+  torch::stable::parallel_for(0, x.size(0), kGrain / inputs + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token)
+      for (int64_t i = 0; i < inputs; ++i) {
+        const int64_t column = in.order ? in.order[i] : i;
+        to[token * inputs + i] = column < 0 || column >= in.columns ? 0 : from[token * in.columns + column];
+      }
+  });
+  return ordered;
+}
+
+// Many bf16 tokens: some rows of the weight at a time become bf16, as many as the caches hold, and torch multiplies them.
+Tensor through_matmul(const woq::Kernels& k, const woq::Weight& w, const Tensor& x, const woq::Input& in) {
+  const int64_t inputs = w.groups * w.units * woq::kUnit, tile_rows = 2 * k.lanes;
+  const Tensor ordered = in_order(x, in, inputs);
+  const int64_t tiles = (w.rows + tile_rows - 1) / tile_rows;
+  const int64_t fit = kCacheBytes * torch::stable::get_num_threads() / (inputs * tile_rows * 2) + 1, at_once = std::min(tiles, fit);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), w.rows});
+  Tensor panel = torch::stable::new_empty(x, {inputs, at_once * tile_rows});
+  uint16_t* out = static_cast<uint16_t*>(panel.data_ptr());
+  for (int64_t first = 0; first < tiles; first += at_once) {
+    const int64_t count = std::min(at_once, tiles - first), rows = std::min(count * tile_rows, w.rows - first * tile_rows);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      k.dequantize(w, first + begin, first + end, out + begin * tile_rows, at_once * tile_rows);
+    });
+    Tensor part = torch::stable::narrow(panel, 1, 0, rows), to = torch::stable::narrow(y, 1, first * tile_rows, rows);
+    torch::stable::copy_(to, torch::stable::matmul(ordered, part));
+  }
+  return y;
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
-              std::optional<Tensor> order, int64_t out_features, int64_t bits, double zero, bool int8, int64_t level) {
+              std::optional<Tensor> order, int64_t out_features, int64_t bits, double zero, bool int8, int64_t level, int64_t matmul_from) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.is_cpu(), "woq: x must be a contiguous matrix on the CPU");
   const woq::Kernels& k = kernels(level);
   const woq::Weight w = describe(weight, scales, zeros, table, out_features, bits, zero);
@@ -138,6 +177,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scales, std::
   STD_TORCH_CHECK(order || x.size(1) <= inputs, "woq: x has ", x.size(1), " columns, the weight ", inputs);
   const woq::Input in = {x.data_ptr(), dtype_of(x, "x"), x.size(1), order ? static_cast<const int32_t*>(order->data_ptr()) : nullptr};
   const Kind kind = int8 ? Kind::i8 : k.has_bf16 && in.dtype == Dtype::bf16 ? Kind::bf16 : Kind::f32;
+  const int64_t many = matmul_from >= 0 ? matmul_from : woq::has_amx_bf16() && level < 0 ? kMatmulFrom : INT64_MAX;
+  if (in.dtype == Dtype::bf16 && x.size(0) >= std::max<int64_t>(many, 1)) return through_matmul(k, w, x, in);
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   const woq::Output out = {y.data_ptr(), in.dtype};
   for (int64_t first = 0; first < x.size(0); first += woq::kMaxTokens)
@@ -175,7 +216,7 @@ bool has_level(int64_t number) { return woq::level(static_cast<int>(number)) != 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(woq, m) {
   m.def("cpu_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? table, Tensor? order, int out_features, int bits, "
-        "float zero, bool int8, int level) -> Tensor");
+        "float zero, bool int8, int level, int matmul_from) -> Tensor");
   m.def("cpu_pack(Tensor codes, Tensor? order, int rows, int columns, int bits, int stored_bits, int groups, int units) -> Tensor");
   m.def("cpu_has_level(int number) -> bool");
 }

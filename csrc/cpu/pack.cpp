@@ -4,13 +4,21 @@
 
 #include "kernels.h"
 
+// The loops below run over the 16 rows of a block; which vectors that takes is known when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#define WOQ_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define WOQ_CLONES
+#endif
+#define WOQ_INLINE __attribute__((always_inline)) inline
+
 namespace woq {
 namespace {
 
 // One input of the 16 rows of a block. Rows past the end come out as 0.
 using Lane = uint32_t[kBlock];
 
-void read_dense(const Codes& c, int64_t column, int64_t row, int rows, Lane& out) {
+WOQ_INLINE void read_dense(const Codes& c, int64_t column, int64_t row, int rows, Lane& out) {
   const int64_t bit = column * c.bits, shift = bit % 32;
   const uint32_t* words = static_cast<const uint32_t*>(c.data) + bit / 32 * c.rows + row;
   const uint32_t mask = (1u << c.bits) - 1;
@@ -22,29 +30,31 @@ void read_dense(const Codes& c, int64_t column, int64_t row, int rows, Lane& out
     for (int r = 0; r < rows; ++r) out[r] |= words[c.rows + r] << (32 - shift) & mask;
 }
 
-void read_bytes(const Codes& c, int64_t column, int64_t row, int rows, Lane& out) {
+WOQ_INLINE void read_bytes(const Codes& c, int64_t column, int64_t row, int rows, Lane& out) {
   const uint8_t* codes = static_cast<const uint8_t*>(c.data) + row * c.columns + column;
   for (int r = 0; r < rows; ++r) out[r] = codes[r * c.columns];
 }
 
+WOQ_INLINE void add(uint32_t* to, const Lane& codes, int from, uint32_t mask, int shift) {
+  for (int r = 0; r < kBlock; ++r) to[r] |= (codes[r] >> from & mask) << shift;
+}
+
 // Puts input `i` of a unit into its place.
-void put(uint32_t* unit, int bits, int i, const Lane& codes) {
+WOQ_INLINE void put(uint32_t* unit, int bits, int i, const Lane& codes) {
   const int quad = i / 4, byte = i % 4 * 8;
-  const auto into = [&](int word, int shift, uint32_t mask, int from) {
-    uint32_t* to = unit + word * kBlock;
-    for (int r = 0; r < kBlock; ++r) to[r] |= (codes[r] >> from & mask) << shift;
-  };
   switch (bits) {
-    case 8: return into(quad, byte, 255, 0);
-    case 4: return into(quad / 2, byte + 4 * (quad % 2), 15, 0);
-    case 2: return into(quad / 4, byte + 2 * (quad % 4), 3, 0);
-    default: into(quad / 4, byte + 2 * (quad % 4), 3, 0), into(2, byte + quad, 1, 2);
+    case 8: return add(unit + quad * kBlock, codes, 0, 255, byte);
+    case 4: return add(unit + quad / 2 * kBlock, codes, 0, 15, byte + 4 * (quad % 2));
+    case 2: return add(unit + quad / 4 * kBlock, codes, 0, 3, byte + 2 * (quad % 4));
+    default:
+      add(unit + quad / 4 * kBlock, codes, 0, 3, byte + 2 * (quad % 4));
+      add(unit + 2 * kBlock, codes, 2, 1, byte + quad);
   }
 }
 
 }  // namespace
 
-void pack_blocks(const Codes& c, uint32_t* words, int stored_bits, int64_t units, int64_t first, int64_t last) {
+WOQ_CLONES void pack_blocks(const Codes& c, uint32_t* words, int stored_bits, int64_t units, int64_t first, int64_t last) {
   const int64_t unit_words = int64_t(stored_bits) * kBlock;
   for (int64_t block = first; block < last; ++block) {
     const int64_t row = block * kBlock;

@@ -101,6 +101,36 @@ template <Kind kind, Format format> void panel(const Weight& w, const Arranged& 
   }
 }
 
+template <Format format> void dequantize(const Weight& w, int64_t first, int64_t last, uint16_t* out, int64_t stride) {
+  const Isa::Table& table = Isa::table(w);
+  alignas(64) uint32_t panel[kMaxUnits * kUnit * kTileRows];
+  const int inputs = w.units * kUnit;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tile * kTileRows;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      unpack<Kind::f32, format>(panel, {stored(w, row, g), stored(w, row + Isa::lanes, g)}, w.units, table);
+      for (int v = 0; v < 2; ++v) {
+        const RowScales rows = row_scales<Kind::f32, format>(w, row + v * Isa::lanes, g);
+        uint16_t* to = out + g * inputs * stride + (tile - first) * kTileRows + v * Isa::lanes;
+        for (int k = 0; k < inputs; ++k) {
+          const F code = Isa::as_float(Isa::load(panel + (2 * k + v) * Isa::lanes));
+          Isa::to_bf16(to + k * stride, Isa::multiply(rows.scale, Isa::subtract(code, rows.zero)));
+        }
+      }
+    }
+  }
+}
+
+void run_dequantize(const Weight& w, int64_t first, int64_t last, uint16_t* out, int64_t stride) {
+  switch (w.format) {
+    case Format::bits2: return dequantize<Format::bits2>(w, first, last, out, stride);
+    case Format::bits3: return dequantize<Format::bits3>(w, first, last, out, stride);
+    case Format::bits4: return dequantize<Format::bits4>(w, first, last, out, stride);
+    case Format::bits8: return dequantize<Format::bits8>(w, first, last, out, stride);
+    case Format::book: return dequantize<Format::book>(w, first, last, out, stride);
+  }
+}
+
 template <Kind kind, Format format> void direct_of_width(const Weight& w, const Arranged& a, int64_t first, int64_t last, const Output& y) {
   with_width(a.tiles[0].width, [&](auto width) { direct<kind, format, decltype(width)::value>(w, a, first, last, y); });
 }
@@ -132,7 +162,7 @@ void run_panel(const Weight& w, Kind kind, const Arranged& a, int64_t first, int
 }
 
 constexpr Kernels table_named(const char* name) {
-  return {name, Isa::lanes, Isa::has_bf16, {Isa::widths[0], Isa::widths[1], Isa::widths[2], Isa::widths[3], Isa::widths[4], 0}, arrange, run_direct, run_panel};
+  return {name, Isa::lanes, Isa::has_bf16, {Isa::widths[0], Isa::widths[1], Isa::widths[2], Isa::widths[3], Isa::widths[4], 0}, arrange, run_direct, run_panel, run_dequantize};
 }
 
 }  // namespace

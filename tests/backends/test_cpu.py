@@ -129,6 +129,24 @@ def test_act_order(level: int, bits: int) -> None:
         check(random_weight(spec, irregular_order=irregular), level, (1, 7, 30))
 
 
+def test_many_tokens_through_torchs_product(level: int) -> None:
+    """What machines with AMX do. Weights are rounded to bf16."""
+    x = tokens(50, 192, torch.bfloat16)
+    specs = [
+        WeightSpec(192, n, b, 48, False, desc)
+        for n in (7, 70)
+        for b in (2, 3, 4, 8)
+        for desc in (False, True)
+    ]
+    for spec in (*specs, WeightSpec(192, 40, 4, 64, True)):
+        weight = random_weight(spec)
+        y = multiply(x, arrange(weight.pack()), level, matmul_from=50)
+        assert_close(y, x, weight, rounded_weights=True)
+    wide = random_weight(WeightSpec(4100, 300, 4, 128, False))  # several panels, where there are few threads
+    x = tokens(2, 4100, torch.bfloat16)
+    assert_close(multiply(x, arrange(wide.pack()), level, matmul_from=1), x, wide, rounded_weights=True)
+
+
 @pytest.mark.parametrize("data_type", [*CODEBOOKS, "int_float_zeros"])
 def test_data_types(level: int, data_type: str) -> None:
     for k, group in ((256, 64), (130, 130)):
@@ -225,7 +243,20 @@ def test_any_form_of_activations_and_nothing_is_changed() -> None:
 
 def operands(state: CpuState, x: Tensor) -> tuple[object, ...]:
     s = state
-    return (x, s.weight, s.scales, s.zeros, s.table, s.order, s.out_features, s.bits, s.zero, s.int8, BEST)
+    return (
+        x,
+        s.weight,
+        s.scales,
+        s.zeros,
+        s.table,
+        s.order,
+        s.out_features,
+        s.bits,
+        s.zero,
+        s.int8,
+        BEST,
+        -1,
+    )
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -289,6 +320,7 @@ def test_what_would_read_out_of_bounds_is_refused(name: str, value: object, told
         "zero",
         "int8",
         "level",
+        "matmul_from",
     ]
     given = dict(zip(names, operands(state, torch.randn(3, 64)), strict=True)) | {name: value}
     with pytest.raises(RuntimeError, match=told):

@@ -68,11 +68,14 @@ class CpuBackend(Backend[CpuState]):
         return arrange(packed, int8=target.compute_dtype == "int8")
 
     def apply(self, x: Tensor, state: CpuState) -> Tensor:
-        return multiply(x, state, BEST)
+        return multiply(x, state)
 
 
-def multiply(x: Tensor, state: CpuState, level: int) -> Tensor:
+def multiply(x: Tensor, state: CpuState, level: int = BEST, matmul_from: int = -1) -> Tensor:
     """x [..., in_features] -> [..., out_features], by the kernels of `LEVELS[level]`, or the best ones.
+
+    matmul_from: from so many bfloat16 tokens on the weight is dequantized panel by panel and multiplied by torch; -1: where
+    the processor has AMX, and then from where that is faster.
 
     Raises RuntimeError where the processor does not have them.
     """
@@ -89,6 +92,7 @@ def multiply(x: Tensor, state: CpuState, level: int) -> Tensor:
         state.zero,
         state.int8,
         level,
+        matmul_from,
     )
     return y.reshape(*x.shape[:-1], state.out_features)
 

@@ -107,7 +107,8 @@ class QuantConfig(BaseModel):
     scale_dtype: ScaleDtype = "fp16"
     """What scales are stored in; they are rounded to it before codes are computed."""
     compute_dtype: ComputeDtype | None = None
-    """What a backend may compute in. Recorded for the folder; no backend looks at it yet, and quantizing says so."""
+    """What activations may be rounded to when the model runs: "int8" is faster on CPUs (docs/cpu.md). None: not at all.
+    Recorded for the folder; `from_pretrained(..., compute_dtype=...)` overrules it."""
     compression_dtype: WordDtype = "int32"
     """The word that codes are packed into."""
     compression_dim: Literal[0, 1] = 1
