@@ -92,15 +92,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
+        bias = self._parameters["bias"]  # nn.Module's own look-up takes longer than all else here
         trains = torch.is_grad_enabled() and x.requires_grad
         if self.shared is not None and not trains:
             y = self.shared.output(x, self)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
         if self._target is None or self._target.device != x.device or self._target.dtype != x.dtype:
             self.prepare(Target(x.device, x.dtype))
         assert self._backend is not None
         y = _WithInputGradient.apply(x, self) if trains else self._backend.apply(x, self._state)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [out_features, in_features], on the device of the packed tensors."""
