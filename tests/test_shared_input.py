@@ -115,3 +115,15 @@ def test_compiles_whole() -> None:
     layer = model.get_submodule("model.layers.0")
     layer.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_what_activations_may_be_rounded_to_holds_for_all() -> None:
+    model = quantized(TINY_ARCHITECTURES["llama"])
+    attention = model.get_submodule("model.layers.0.self_attn")
+    for layer in (attention.q_proj, attention.k_proj):
+        layer.compute_dtype = "int8"
+    fuse_shared_inputs(model)
+    logits(model)
+    assert attention.v_proj.shared is None
+    assert attention.q_proj.shared.target.compute_dtype == "int8"
+    assert len(attention.q_proj.shared.layers) == 2

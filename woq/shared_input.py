@@ -40,6 +40,7 @@ class SharedInput:
     def prepare(self, target: Target) -> None:
         """Stack the weights and give them to a backend. Raises BackendError where there is none."""
         packed = stacked([layer.packed for layer in self.layers], target.device)
+        target = replace(target, compute_dtype=self.layers[0].compute_dtype)
         self._backend = choose(packed.spec, target, self.layers[0].requested_backend)
         self._state = self._backend.prepare(packed, target)
         self.target = target
@@ -104,7 +105,7 @@ def fuse_shared_inputs(model: nn.Module) -> list[list[str]]:
 @torch.no_grad()
 def find_shared_inputs(model: nn.Module) -> list[list[str]]:
     """Names of linears that read one tensor and can be stacked, in the order in which they were called."""
-    seen: dict[tuple[str, int, WeightSpec, str], list[str]] = {}
+    seen: dict[tuple[str, int, WeightSpec, str, str | None], list[str]] = {}
     inputs: list[Tensor] = []  # kept alive, so that no two have one id
     called: set[nn.Module] = set()
 
@@ -113,7 +114,8 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
         if layer.spec.desc_act or layer.shared is not None or model.get_submodule(parent) not in called:
             return
         inputs.append(x)
-        key = (parent, id(x), replace(layer.spec, out_features=1), layer.requested_backend)
+        like = replace(layer.spec, out_features=1)
+        key = (parent, id(x), like, layer.requested_backend, layer.compute_dtype)
         seen.setdefault(key, []).append(name)
 
     hooks = []
