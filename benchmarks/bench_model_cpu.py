@@ -20,7 +20,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +184,8 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], t
     return found
 
 
-def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All rows."""
+def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """All rows, those of the turns first."""
     samples: dict[tuple[str, str], list[float]] = {}
     turns = variants(args, folder)
     for _ in range(args.rounds):
@@ -194,17 +194,15 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             print(f"{name}: prefill {prefill:.4g}, decode {decode:.4g} tokens/s", flush=True)
             samples.setdefault((name, "prefill"), []).append(prefill)
             samples.setdefault((name, "decode"), []).append(decode)
-    rows = [
-        row(args, name, metric, "tokens/s", quantiles(values)) for (name, metric), values in samples.items()
-    ]
+    for (name, metric), values in samples.items():
+        yield row(args, name, metric, "tokens/s", quantiles(values))
     ids = torch.ones(1, args.prompt, dtype=torch.int64)
     for name, model in args.models.items():
         for metric, new in (("prefill", 1), ("decode", args.new)):
             prompt = ids if metric == "prefill" else ids[:, :8]
             share = share_in_linears(model, lambda m=model, p=prompt, n=new: generate(m, p, n))
-            rows.append(row(args, name, f"{metric}: share in linears", "", (share,) * 3))
-    rows.append(row(args, "woq", "overhead of a call", "us", (call_overhead(),) * 3))
-    return rows
+            yield row(args, name, f"{metric}: share in linears", "", (share,) * 3)
+    yield row(args, "woq", "overhead of a call", "us", (call_overhead(),) * 3)
 
 
 def row(
@@ -237,15 +235,15 @@ def main() -> None:
     args = parser.parse_args()
     args.commit = args.commit or current_commit()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        rows = measured(args, Path(folder))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     new = not args.out.exists()
-    with args.out.open("a", newline="") as file:
+    with args.out.open("a", newline="") as file, tempfile.TemporaryDirectory(dir=args.work) as folder:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        for measurement in measured(args, Path(folder)):
+            writer.writerow(measurement)
+            file.flush()
 
 
 if __name__ == "__main__":

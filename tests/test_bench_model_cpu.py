@@ -25,7 +25,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model=str(tmp_path / "float"), group_size=64, threads=1, prompt=8, new=2, rounds=2, llama_bench=None,
         variants=["transformers fp32", "woq fp32"], commit="abc",
     )  # fmt: skip
-    rows = bench.measured(options, tmp_path)
+    rows = list(bench.measured(options, tmp_path))
     found = {(row["variant"], row["metric"]): float(row["p50"]) for row in rows}
     for variant in options.variants:
         assert found[variant, "prefill"] > 0
