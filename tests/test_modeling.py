@@ -88,7 +88,7 @@ def test_reloaded_is_quantized(arch: str, method: str, tiny_model: TinyModel, tm
     model: Any = tiny_model(arch)
     quantize(model, METHODS[method], [token_ids(1), token_ids(2)] if method != "rtn" else None)
     save_pretrained(model, tmp_path / "q")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     expected = logits(model)
     assert torch.equal(logits(loaded), expected)
     assert torch.allclose(expected, logits(dequantized(arch, model)), rtol=1e-4, atol=1e-4)
@@ -113,7 +113,7 @@ def test_every_format(bits: int, layout: dict[str, Any], tiny_model: TinyModel, 
         quantize(model, RtnConfig(bits=bits, sym=sym, group_size=group_size, search="minmax", **layout))
         folder = tmp_path / f"{sym}{group_size}"
         save_pretrained(model, folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", backend="reference")
+        loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
         assert torch.equal(logits(loaded), logits(model)), (sym, group_size)
         ours, theirs = model.state_dict(), loaded.state_dict()
         assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
@@ -124,7 +124,7 @@ def test_scale_dtypes(scale_dtype: str, tiny_model: TinyModel, tmp_path: Path) -
     model = tiny_model("llama")
     quantize(model, RtnConfig(group_size=32, scale_dtype=scale_dtype))
     save_pretrained(model, tmp_path / "q")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -158,7 +158,7 @@ def test_rules_survive(
     model: Any = tiny_model(arch)
     quantize(model, config, [token_ids(1), token_ids(2)] if method == "gptq" else None)
     save_pretrained(model, tmp_path / "q")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     assert torch.equal(logits(loaded), logits(model))
     specs = [{n: m.spec for n, m in x.named_modules() if isinstance(m, QuantLinear)} for x in (model, loaded)]
     assert specs[0] == specs[1]
@@ -236,7 +236,7 @@ def test_foreign_folder_without_our_key(tiny_model: TinyModel, tmp_path: Path) -
             stored[name] = torch.zeros_like(stored[name])
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(stored, tmp_path / "q" / "model.safetensors")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.quantization_config is None
 
@@ -254,7 +254,6 @@ def test_quantizing_while_loading(arch: str, offload: Any, tiny_model: TinyModel
         quantization_config={"quant_method": "rtn", "group_size": 32},
         device_map="cpu",
         offload=offload,
-        backend="reference",
         progress=QUIET,
     )
     quantize(source, RtnConfig(group_size=32))
@@ -262,7 +261,7 @@ def test_quantizing_while_loading(arch: str, offload: Any, tiny_model: TinyModel
     assert model.quantization_config == RtnConfig(group_size=32)
     assert model.quantization_report.plan.coverage > 0.9
     model.save_pretrained(tmp_path / "q")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     assert torch.equal(logits(loaded), logits(source))
     loaded.save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "quantize_config.json"):
@@ -292,7 +291,7 @@ def test_refusals(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"dtype='int8'"):
         load(tmp_path / "q", dtype="int8")
     with pytest.raises(BackendError, match=r"bfloat16 only"):
-        load(tmp_path / "q", device_map="cpu", backend="cpu")
+        load(tmp_path / "q", device_map="cpu", backend="torch")
     with pytest.raises(ConfigError, match=r"device='xpu:7' cannot be used"):
         load(tmp_path / "q", device_map="xpu:7")
     with pytest.raises(CheckpointError, match="holds no quantized layer"):
@@ -317,7 +316,7 @@ def test_checkpoints_without_a_dtype(tiny_model: TinyModel, tmp_path: Path) -> N
     del config["dtype"]
     (tmp_path / "float" / "config.json").write_text(json.dumps(config))
     quantize_folder(tmp_path / "float", tmp_path / "q", RtnConfig(group_size=32), progress=QUIET)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", backend="reference")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     model = tiny_model("llama")
     quantize(model, RtnConfig(group_size=32))
     assert torch.equal(logits(loaded), logits(model))

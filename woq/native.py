@@ -202,7 +202,8 @@ def _key(library: Library, command: list[str]) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     compiler = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=60).stdout
     own = [f"{file}: {' '.join(flags)}" for file, flags in sorted(library.own_flags.items())]
-    for part in (*command, *own, torch.__version__, platform.machine()):
+    flags = [part for part in command if not part.startswith("-I")]  # not where torch lies: its version
+    for part in (*flags, *own, torch.__version__, platform.machine()):
         digest.update(part.encode() + b"\0")
     digest.update(compiler)
     return digest.hexdigest()[:16]
