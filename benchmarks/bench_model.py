@@ -1,6 +1,6 @@
 """Tokens a second of a Llama-3-8B-shaped model with random weights on one GPU: bf16, then its linears packed, in one run.
 
-    python benchmarks/bench_model.py --out benchmarks/results/model_h200.csv
+    python -m benchmarks.bench_model --out benchmarks/results/model_h200.csv
 
 The model is made on the device; after the bf16 figures every linear of its decoder layers is rounded to nearest and replaced
 by a `QuantLinear`, in place, and those that share an input are fused, so that nothing is written to disk and both runs share
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama import modeling_llama
 
+from benchmarks.common import current_commit
 from woq.algorithms.rtn import round_to_nearest
 from woq.linear import QuantLinear
 from woq.shared_input import fuse_shared_inputs
@@ -201,14 +201,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def phases(model: LlamaForCausalLM, args: argparse.Namespace) -> Iterator[tuple[str, str, int, list[float]]]:
+    """Phase, unit, tokens of a step, and the sorted measurements."""
+    compiled = compiled_layers(model) if args.compile == "layers" else nullcontext()
+    yield "decode", "tokens/s", 1, decode_rates(model, args.prompt, args.steps, args.repeats, compiled)
+    yield "prefill", "ms", args.prefill, prefill_times(model, args.prefill, args.repeats)
+
+
 def main() -> None:
     args = arguments()
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or current_commit()
     if args.compile != "nothing":
         compile_small_parts()
     model = llama(args.layers, args.hidden, args.vocabulary, args.device)
@@ -226,20 +228,7 @@ def main() -> None:
                 if not args.apart:
                     fuse_shared_inputs(model)
                 print(f"packed in {seconds:.1f} s", flush=True)
-            for phase, unit, values in (
-                (
-                    "decode",
-                    "tokens/s",
-                    decode_rates(
-                        model,
-                        args.prompt,
-                        args.steps,
-                        args.repeats,
-                        compiled_layers(model) if args.compile == "layers" else nullcontext(),
-                    ),
-                ),
-                ("prefill", "ms", prefill_times(model, args.prefill, args.repeats)),
-            ):
+            for phase, unit, tokens, values in phases(model, args):
                 p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
                 medians[backend, phase] = p50
                 writer.writerow(
@@ -254,7 +243,7 @@ def main() -> None:
                         "group_size": args.group_size,
                         "layers": args.layers,
                         "phase": phase,
-                        "tokens": 1 if phase == "decode" else args.prefill,
+                        "tokens": tokens,
                         "unit": unit,
                         "p20": f"{p20:.5g}",
                         "p50": f"{p50:.5g}",
