@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from woq.algorithms import build
 from woq.algorithms.base import Algorithm, LayerResult
 from woq.algorithms.rtn import quantize_embedding
-from woq.blocks import find_blocks, linears, materialize, release, write_back
+from woq.blocks import borrowed, find_blocks, linears, materialize, release, write_back
 from woq.calibration import Batch, calibration_batches, describe, fingerprint
 from woq.capture import Capture, capture, head_inputs, verify_replay
 from woq.configs import CalibratedConfig, QuantConfig
@@ -33,7 +33,7 @@ from woq.moe import unfuse_experts
 from woq.phases import phase
 from woq.plan import Plan, make_plan
 from woq.progress import Progress
-from woq.replay import BlockInputs, advance
+from woq.replay import BlockInputs, Following, advance
 from woq.report import LayerReport, Report
 from woq.saving import describe as describe_model
 from woq.saving import dtype_of, identity, packed_state, settle_floats
@@ -99,6 +99,8 @@ class _Run:
             )
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
+        inside = [*self.blocks, *(() if self.head is None else (self.head[1],))]
+        self.homes = [next(module.parameters()).device for module in inside]  # before anything is moved
         self.embeddings = input_embeddings(model) if config.quant_embeddings else None
         self.report = Report(config, self._plan(config), str(device))
         self.batches: Sequence[Batch] = []
@@ -146,6 +148,7 @@ class _Run:
             seed=config.seed,
             padding=config.padding,
             pad_token_id=config.pad_token_id,
+            own_samples=config.own_samples,
             progress=self.progress.at,
         )
 
@@ -268,7 +271,7 @@ class _Run:
 
     def _one(self, index: int, name: str, block: nn.Module) -> None:
         started = time.perf_counter()
-        home = next(block.parameters()).device
+        home = self.homes[index]
         materialize(block, self.device)
         unfuse_experts(block)
         specs = self.report.plan.of_block(name)
@@ -284,7 +287,7 @@ class _Run:
         if restored:
             packed, reports = self._restore(index, name, block, specs)
         else:
-            with _naming(name):
+            with _naming(name), self._following(index):
                 results = self.algorithm.quantize_block(block, specs, self.inputs)
             with phase("pack"):
                 packed = {layer: result.weight.pack().to("cpu") for layer, result in results.items()}
@@ -309,6 +312,23 @@ class _Run:
         else:
             self._install(name, block, packed, self.device if home.type == "meta" else home)
         self.report.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _following(self, index: int) -> Iterator[None]:
+        """The block after this one at hand, for an algorithm that looks at it."""
+        if (
+            not self.algorithm.needs_following
+            or self.inputs is None
+            or self.captured is None
+            or index + 1 >= len(self.blocks)
+        ):
+            yield
+            return
+        following = self.blocks[index + 1]
+        with borrowed(following, self.device):
+            self.inputs.following = Following(following, self.captured.calls[index + 1])
+            yield
+            self.inputs.following = None
 
     def _restore(
         self, index: int, name: str, block: nn.Module, specs: Mapping[str, WeightSpec]

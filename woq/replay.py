@@ -26,6 +26,14 @@ class BlockCall:
     hidden_by_keyword: bool = False
 
 
+@dataclass(frozen=True)
+class Following:
+    """The block after the one at hand, still in float and on the same device, and its arguments for every batch."""
+
+    block: nn.Module
+    calls: Sequence[BlockCall]
+
+
 @dataclass
 class BlockInputs:
     """What one block is run on: a list entry per calibration batch.
@@ -34,7 +42,8 @@ class BlockInputs:
     calls: the other arguments of THIS block. masks: bool [B, L], True where a token counts, or None where all do.
     float_hidden, float_outputs: what the float model gives this block and takes from it, [B, L, H] each; None unless
     the algorithm asked for them (`Algorithm.needs_float_stream`). outputs: [B, L, H] each, what the quantized block
-    makes of `hidden`; set by an algorithm that has come to know it.
+    makes of `hidden`; set by an algorithm that has come to know it. following: the next block; None after the last one,
+    and unless the algorithm asked for it (`Algorithm.needs_following`).
     """
 
     device: torch.device
@@ -44,6 +53,7 @@ class BlockInputs:
     float_hidden: list[Tensor] | None = None
     float_outputs: list[Tensor] | None = None
     outputs: list[Tensor] | None = None
+    following: Following | None = None
 
     def in_float(self) -> BlockInputs:
         """The same batches as the float model sees them; this very object where it does not tell."""

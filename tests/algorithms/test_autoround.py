@@ -14,7 +14,7 @@ from woq.algorithms.base import LayerResult
 from woq.algorithms.rtn import round_to_nearest
 from woq.algorithms.tunable import Tunable, plain_fake_quantize
 from woq.configs import AutoRoundConfig
-from woq.replay import BlockInputs
+from woq.replay import BlockInputs, Following
 from woq.weights import QuantizedWeight, WeightSpec
 
 
@@ -104,6 +104,26 @@ def test_training_lowers_the_blocks_error(init: str, optimizer: str, sym: bool) 
         assert "block error" in results["q"].note
     # GPTQ's start is hard to beat on a block this small, but never is it lost.
     assert errors[60] < (0.9 if init == "rtn" else 1.001) * errors[0]
+
+
+def test_looking_ahead_counts_the_next_blocks_output() -> None:
+    torch.manual_seed(5)
+    following = Attention()
+    errors = {}
+    for iters in (0, 60):
+        block, inputs = block_and_inputs()
+        inputs.following = Following(following, inputs.calls)
+        result = run(block, inputs, init="rtn", iters=iters, lookahead=1, drift_correction=1.0)["q"]
+        assert inputs.float_outputs is not None
+        with torch.no_grad():
+            held_out, target = block(inputs.hidden[0]), inputs.float_outputs[0]
+            power = [(y.square().mean(), following(y).square().mean()) for y in inputs.float_outputs]
+            own, ahead = (sum(p) / len(p) for p in zip(*power, strict=True))
+            error = (held_out - target).square().mean() / own
+            error += (following(held_out) - following(target)).square().mean() / ahead
+        assert f"-> {error:.3g}" in result.note
+        errors[iters] = float(error)
+    assert errors[60] < 0.9 * errors[0]
 
 
 @pytest.mark.slow

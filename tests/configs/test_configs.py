@@ -83,6 +83,8 @@ OTHER: dict[str, Any] = {
     "optimizer": "signsgd",
     "drift_correction": 0.5,
     "refine": 5,
+    "own_samples": 3,
+    "lookahead": 1,
     "distill_iters": 10,
     "distill_lr": 0.1,
     "compile": True,

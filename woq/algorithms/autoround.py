@@ -51,6 +51,11 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         """Targets come from the float model."""
         return True
 
+    @property
+    def needs_following(self) -> bool:
+        """Looks ahead where told to."""
+        return self.config.lookahead > 0
+
     def quantize_block(
         self, block: nn.Module, specs: Mapping[str, WeightSpec], inputs: BlockInputs | None
     ) -> dict[str, LayerResult]:
@@ -153,8 +158,14 @@ class Tuning:
     held_out: Sequence[int]
 
     def __post_init__(self) -> None:
-        power = [self._counted(i, target).float().square().mean() for i, target in enumerate(self.targets)]
-        self.power = float(torch.stack(power).mean()) or 1.0
+        self.power = self._power(self.targets)
+        self.targets_ahead: list[Tensor] = []
+        if self.inputs.following is not None:
+            with torch.no_grad():
+                self.targets_ahead = [
+                    self._ahead(i, target).to(target.device) for i, target in enumerate(self.targets)
+                ]
+            self.power_ahead = self._power(self.targets_ahead)
 
     @property
     def offsets(self) -> list[Tensor]:
@@ -174,10 +185,16 @@ class Tuning:
                 yield self.training[i]
 
     def loss(self, i: int) -> Tensor:
-        """Mean squared error of the block's output on batch `i`, padding left out, relative to the mean target."""
+        """Mean squared error of the block's output on batch `i`, padding left out, relative to the mean target.
+
+        Looking ahead, that of the next block's output on top.
+        """
         output = forward_batch(self.block, self.inputs, i, self._call)
-        difference = output - self.targets[i].to(output.device)
-        return self._counted(i, difference).float().square().mean() / self.power
+        error = self._square(i, output - self.targets[i].to(output.device)) / self.power
+        if self.targets_ahead:
+            ahead = self._ahead(i, output)
+            error = error + self._square(i, ahead - self.targets_ahead[i].to(ahead.device)) / self.power_ahead
+        return error
 
     @torch.no_grad()
     def held_out_error(self) -> float:
@@ -203,9 +220,19 @@ class Tuning:
         for parameter, value in zip((*self.offsets, *self.ends), state, strict=True):
             parameter.copy_(value)
 
-    def _counted(self, i: int, x: Tensor) -> Tensor:
+    def _power(self, targets: Sequence[Tensor]) -> float:
+        return float(torch.stack([self._square(i, target) for i, target in enumerate(targets)]).mean()) or 1.0
+
+    def _square(self, i: int, x: Tensor) -> Tensor:
         mask = self.inputs.masks[i]
-        return x if mask is None else x[mask.to(x.device)]
+        return (x if mask is None else x[mask.to(x.device)]).float().square().mean()
+
+    def _ahead(self, i: int, hidden: Tensor) -> Tensor:
+        """What the next block makes of `hidden`, batch `i`'s output of this one."""
+        following = self.inputs.following
+        assert following is not None
+        given = BlockInputs(self.inputs.device, [hidden], [following.calls[i]], [self.inputs.masks[i]])
+        return forward_batch(following.block, given, 0)
 
     def _call(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
         """Run the block with the tunables' weights in place of its own."""

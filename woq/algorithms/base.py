@@ -50,6 +50,11 @@ class Algorithm(ABC, Generic[ConfigT]):
         return False
 
     @property
+    def needs_following(self) -> bool:
+        """Whether `inputs` must also hold the block after the one to quantize: memory for two."""
+        return False
+
+    @property
     def runs_float_stream(self) -> bool:
         """Whether `quantize_block` fills in `inputs.float_outputs` itself, on its way."""
         return False

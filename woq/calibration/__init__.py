@@ -25,6 +25,7 @@ from woq.calibration.batches import (
     checked_sample,
     describe,
     fingerprint,
+    openings_of,
     pack,
     to_batches,
     vocabulary_size,
@@ -58,6 +59,7 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     seed: int = 42,
     padding: bool = False,
     pad_token_id: int | None = None,
+    own_samples: int = 0,
     progress: Progress | None = None,
 ) -> list[Batch]:
     """At most `num_samples` samples of at most `seq_len` tokens, `batch_size` to a batch.
@@ -71,6 +73,7 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     `padding` each text is a sample of its own, cut to `seq_len`, padded on the right and masked. Rows of token ids
     are used in the order given: as they are where all have one length (a single long row is cut into windows), else
     packed or padded like texts. `seq_len` is capped to what the model has positions for.
+    `own_samples` more are written by `model`: each goes on with some tokens of the data (`openings_of`).
     `tokenizer` may be a folder's or a hub model's name. `progress(done, total)` counts tokens while the
     model writes text.
 
@@ -99,9 +102,37 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
         raise CalibrationError(
             f"calibration source ({label}) holds no text and no token ids", hint=OFFLINE_HINT
         )
-    batches = to_batches(samples, batch_size, _pad_id(pad_token_id, tokenizer), label)
-    _report(batches, num_samples, seq_len, model)
+    pad = _pad_id(pad_token_id, tokenizer)
+    batches = to_batches(samples, batch_size, pad, label)
+    if own_samples:
+        written = _going_on(samples, own_samples, seq_len, seed, model, tokenizer, progress)
+        batches += to_batches(written, batch_size, pad, "the model going on with them")
+    _report(batches, num_samples + own_samples, seq_len, model)
     return batches
+
+
+def _going_on(
+    samples: Sequence[Sample],
+    count: int,
+    seq_len: int,
+    seed: int,
+    model: nn.Module | None,
+    tokenizer: Any,
+    progress: Progress | None,
+) -> list[Sample]:
+    """`count` samples that begin with tokens of the data and that the model goes on with."""
+    if model is None:
+        raise CalibrationError(f"own_samples={count} are to be written by a model, and none was given")
+    rows = sample_from_model(
+        model,
+        num_samples=count,
+        seq_len=seq_len,
+        seed=seed,
+        openings=openings_of(samples, count, seq_len, seed),
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+    return [Sample(row) for row in rows]
 
 
 class _Reader:

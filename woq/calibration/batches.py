@@ -20,6 +20,7 @@ from woq.errors import CalibrationError
 
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 ENOUGH_TOKENS = 128 * 2048  # what the GPTQ and AWQ papers calibrate on
+_OPENING = 16  # tokens of the data that a sample of the model's own begins with
 LARGE_MODEL = 1_000_000_000  # parameters; smaller models are done well by far less
 
 
@@ -139,6 +140,18 @@ def pack(
     if rows == 0:
         return [Sample(stream)]
     return [Sample(row) for row in stream[: rows * seq_len].view(rows, seq_len)]
+
+
+def openings_of(samples: Sequence[Sample], count: int, seq_len: int, seed: int) -> Tensor:
+    """int64 [count, P]: P neighbouring tokens (at most 16, and half of `seq_len`) from random places of random samples."""
+    counted = [sample.counted() for sample in samples]
+    length = max(1, min(_OPENING, seq_len // 2, *map(len, counted)))
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in torch.randint(len(counted), (count,), generator=generator).tolist():
+        at = int(torch.randint(len(counted[i]) - length + 1, (1,), generator=generator))
+        rows.append(counted[i][at : at + length])
+    return torch.stack(rows)
 
 
 def to_batches(samples: Sequence[Sample], batch_size: int, pad_token_id: int, source: str) -> list[Batch]:

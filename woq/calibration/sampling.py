@@ -20,7 +20,7 @@ from woq.errors import CalibrationError
 
 OPENING_TOKENS = 4  # of each document: sampled broader, so that documents differ, and never its end
 OPENING_TEMPERATURE = 1.5
-MAX_ROWS = 128
+MAX_ROWS = 512
 CACHE_BYTES = 4 * 2**30  # bounds the rows side by side on large models
 
 Progress = Callable[[int, int], None]
@@ -33,12 +33,14 @@ def sample_from_model(
     num_samples: int,
     seq_len: int,
     seed: int,
+    openings: Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """int64 [num_samples, seq_len] on the CPU, sampled from `model`, which is left as it was.
 
-    Rows begin with the beginning-of-sequence token, or with random tokens where the model has none.
+    Rows begin with `openings` (int64 [num_samples, P], P < seq_len), which the model goes on with; without them, with the
+    beginning-of-sequence token, or with random tokens where the model has none.
     `progress(done, total)` counts tokens. Raises CalibrationError where the model computes logits that are not finite.
     """
     vocab_size = vocabulary_size(model)
@@ -57,6 +59,9 @@ def sample_from_model(
     firsts = torch.randint(vocab_size, (num_samples, seq_len), generator=generator)
     if starts:
         firsts.fill_(starts[0])
+    # Documents that are begun for it are past their own opening.
+    begun = firsts[:, :1] if openings is None else openings
+    age = 0 if openings is None else OPENING_TOKENS
     sampled = torch.empty(num_samples, seq_len, dtype=torch.int64)
     rows = min(MAX_ROWS, max(1, CACHE_BYTES // (seq_len * _cache_bytes_per_token(model))))
     was_training = model.training
@@ -69,23 +74,31 @@ def sample_from_model(
                 if progress is not None:
                     progress(before + done, sampled.numel())
 
-            sampled[part] = _sample_rows(model, uniform[part], firsts[part], ends, report)
+            sampled[part] = _sample_rows(model, begun[part], age, uniform[part], firsts[part], ends, report)
     finally:
         model.train(was_training)
     return sampled
 
 
 def _sample_rows(
-    model: nn.Module, uniform: Tensor, firsts: Tensor, ends: list[int], report: Callable[[int], None]
+    model: nn.Module,
+    begun: Tensor,
+    begun_age: int,
+    uniform: Tensor,
+    firsts: Tensor,
+    ends: list[int],
+    report: Callable[[int], None],
 ) -> Tensor:
-    """Rows side by side. uniform: float [R, L] in [0, 1), decides each draw; firsts: [R, L], begins documents."""
+    """Rows side by side. begun: [R, P], what they begin with, `begun_age` tokens into a document.
+
+    uniform: float [R, L] in [0, 1), decides each draw; firsts: [R, L], begins documents.
+    """
     device = _input_device(model)
-    uniform, firsts = uniform.to(device), firsts.to(device)
+    uniform, firsts, ids = uniform.to(device), firsts.to(device), begun.to(device)
     end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
-    ids = firsts[:, :1]
-    age = torch.zeros(len(ids), dtype=torch.int64, device=device)  # tokens since the document began
+    age = torch.full((len(ids),), begun_age, device=device)  # tokens since the document began
     cache: Any = None
-    for step in range(1, uniform.shape[1]):
+    for step in range(ids.shape[1], uniform.shape[1]):
         logits, cache = _next_logits(model, ids, cache)
         opening = (age < OPENING_TOKENS).unsqueeze(1)
         chosen = _draw(logits.to(device), opening, end_ids, uniform[:, step])

@@ -24,6 +24,8 @@ class AutoRoundConfig(TrainedConfig):
     """Train a block on the outputs of the quantized blocks before it, not on those of the float ones."""
     drift_correction: float = Field(0.75, ge=0, le=1)
     """Share of what the quantized blocks before have done to a block's inputs that its outputs are to make up for."""
+    lookahead: Literal[0, 1] = 0
+    """1: the outputs of the next block, still in float, count as much as the block's own; half as long again a step."""
     enable_minmax_tuning: bool = True
     """Train the clipping too, not the rounding alone."""
     init: Literal["rtn", "gptq"] = "gptq"

@@ -278,6 +278,9 @@ class CalibratedConfig(QuantConfig):
     """Calibration samples of `seq_len` tokens."""
     seq_len: Count = 2048
     """Tokens in a sample."""
+    own_samples: int = Field(0, ge=0, strict=True)
+    """Samples beside them that the model writes itself, each going on with some tokens of the data: against learning a
+    small calibration set by heart."""
     batch_size: Count = 8
     """Samples run at once."""
     seed: int = Field(42, strict=True)
@@ -294,8 +297,8 @@ class CalibratedConfig(QuantConfig):
     distill_iters: int = Field(0, ge=0, strict=True)
     """Steps of tuning scales and norms end to end against the float model's predictions, once all blocks are quantized;
     0: none. The whole model must be in memory."""
-    distill_lr: float = Field(1e-3, gt=0)
-    """Learning rate of that, relative to a scale."""
+    distill_lr: float = Field(default_factory=lambda data: 3e-3 if data.get("bits") in (2, 3) else 1e-3, gt=0)
+    """Learning rate of that, relative to a scale; what coarse grids gain by is too much for fine ones."""
 
     @field_serializer("dataset", "tokenizer")
     def _only_names(self, value: Any) -> str | None:
