@@ -75,11 +75,8 @@ def find_cpp() -> Path | None:
 
 
 def cpu_flags() -> list[str]:
-    """Flags that every file of the CPU kernels shares: for the oldest processor of this kind.
-
-    Integer sums stay in the order they are written in: reordered, they need more registers than there are.
-    """
-    return ["-std=c++20", "-O2", "-ftree-vectorize", "-fno-tree-reassoc", "-fPIC", "-Wno-psabi"]
+    """Flags that every file of the CPU kernels shares: for the oldest processor of this kind."""
+    return ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-Wno-psabi"]
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

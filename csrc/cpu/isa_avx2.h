@@ -11,7 +11,7 @@ struct Isa {
   using F = __m256;
   using I = __m256i;
   static constexpr int lanes = 8;
-  static constexpr int widths[6] = {1, 2, 4, 6, 0, 0};
+  static constexpr int widths[6] = {1, 2, 3, 4, 6, 0};
   static constexpr bool has_bf16 = false;
   static constexpr bool indexes_by_low_bits = false;
 #if defined(__AVXVNNI__)
@@ -51,6 +51,7 @@ struct Isa {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F larger(F a, F b) { return _mm256_max_ps(a, b); }  // b where one is no number
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
   template <int N> static I right(I v) { return N == 0 ? v : _mm256_srli_epi32(v, N); }
@@ -73,7 +74,11 @@ struct Isa {
   static I lookup_bytes(I index, const Table& t) { return _mm256_shuffle_epi8(t.bytes, index); }
 
   // int16 += uint8 * int8 in pairs; codes below 16 cannot overflow it within a unit.
-  static I add_pairs(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
+  static I add_pairs(I acc, I codes, I x) {
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x));
+    asm("" : "+x"(acc));  // keeps sums in the order they are written in: reordered, they need more registers than there are
+    return acc;
+  }
   static I add_halves(I acc, I pairs) { return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
   // int32 += int8 * int8 in quads: |w| is at most 128 and |x| 127, whose pairs fit int16.
   static I dot4_signed(I acc, I w, I x) {

@@ -11,7 +11,7 @@ struct Isa {
   using F = __m512;
   using I = __m512i;
   static constexpr int lanes = 16;
-  static constexpr int widths[6] = {1, 2, 4, 8, 12, 0};
+  static constexpr int widths[6] = {1, 2, 3, 4, 8, 12};
   static constexpr bool indexes_by_low_bits = true;  // a table's index need not be masked
 #if defined(__AVX512VNNI__)
   static constexpr bool has_dot4 = true;
@@ -55,6 +55,7 @@ struct Isa {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F larger(F a, F b) { return _mm512_max_ps(a, b); }  // b where one is no number
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
   template <int N> static I right(I v) { return N == 0 ? v : _mm512_srli_epi32(v, N); }
@@ -69,7 +70,11 @@ struct Isa {
   static I lookup_bf16(I index, const Table& t) { return _mm512_permutexvar_epi16(index, t.halves); }
   static I lookup_bytes(I index, const Table& t) { return _mm512_shuffle_epi8(t.bytes, index); }
 
-  static I add_pairs(I acc, I codes, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
+  static I add_pairs(I acc, I codes, I x) {
+    acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x));
+    asm("" : "+v"(acc));  // as in isa_avx2.h
+    return acc;
+  }
   static I add_halves(I acc, I pairs) { return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))); }
   static I dot4_signed(I acc, I w, I x) {
     const I with_sign = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);

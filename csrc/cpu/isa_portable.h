@@ -39,6 +39,7 @@ struct Isa {
   static F add(F a, F b) { return a + b; }
   static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
+  static F larger(F a, F b) { return a > b ? a : b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F fnma(F a, F b, F c) { return c - a * b; }
   template <int N> static I right(I v) { return v >> N; }

@@ -21,7 +21,8 @@ using woq::Dtype;
 using woq::Format;
 using woq::Kind;
 
-constexpr int64_t kGrain = 1 << 18;  // multiplications below which another thread costs more than it brings
+constexpr int64_t kGrain = 1 << 18;         // multiplications below which another thread costs more than it brings
+constexpr int64_t kArrangeGrain = 1 << 12;  // activations likewise
 
 constexpr int64_t kCacheBytes = 1 << 20;  // of a thread, for a panel of dequantized weights
 constexpr int64_t kMatmulFrom = 32;       // tokens from which dequantizing and AMX are faster, where there is AMX
@@ -88,17 +89,17 @@ woq::Weight describe(const Tensor& weight, const Tensor& scales, const std::opti
   return w;
 }
 
-// Tokens first .. last in tiles of nearly the same size.
+// Tokens first .. last in as few tiles as there can be, of nearly the same size; the last ones are narrower where they may be.
 std::vector<woq::Tile> divide(const woq::Kernels& k, int64_t first, int64_t last) {
-  int widest = 0;
-  for (int width : k.widths) widest = std::max(widest, width);
+  const int widest = *std::max_element(k.widths, k.widths + 6);
   std::vector<woq::Tile> tiles;
-  int64_t left = last - first, number = (left + widest - 1) / widest;
-  for (int offset = 0; left > 0; --number) {
-    const int count = static_cast<int>((left + number - 1) / number);
-    const int width = *std::find_if(k.widths, k.widths + 6, [count](int w) { return w >= count; });
-    tiles.push_back({static_cast<int>(last - left), count, width, offset});
-    offset += width, left -= count;
+  int64_t number = (last - first + widest - 1) / widest;
+  for (int offset = 0; first < last; --number) {
+    const int64_t left = last - first, even = (left + number - 1) / number;
+    const int width = *std::find_if(k.widths, k.widths + 6, [even](int w) { return w >= even; });
+    const int count = static_cast<int>(std::min<int64_t>(width, left));
+    tiles.push_back({static_cast<int>(first), count, width, offset});
+    offset += width, first += count;
   }
   return tiles;
 }
@@ -117,12 +118,9 @@ void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Inpu
   const woq::Arranged a = {static_cast<uint32_t*>(scratch.words.data_ptr()), static_cast<float*>(scratch.sums.data_ptr()),
                            static_cast<float*>(scratch.steps.data_ptr()),    tiles.data(),
                            static_cast<int>(tiles.size()),                   places};
-  std::vector<std::pair<int, int>> all;
-  for (int t = 0; t < a.tile_count; ++t)
-    for (int place = 0; place < tiles[t].width; ++place) all.emplace_back(t, place);
-  torch::stable::parallel_for(0, places, kGrain / 4 / inputs + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) k.arrange(w, in, kind, a, all[i].first, all[i].second);
-  });
+  const int64_t groups = a.tile_count * w.groups;
+  torch::stable::parallel_for(0, groups, kArrangeGrain * groups / (places * inputs) + 1,
+                              [&](int64_t begin, int64_t end) { k.arrange(w, in, kind, a, begin, end); });
   const int64_t tile_rows = 2 * k.lanes, row_tiles = (w.rows + tile_rows - 1) / tile_rows;
   const int64_t grain = kGrain / (inputs * tile_rows * places) + 1;
   torch::stable::parallel_for(0, row_tiles, grain, [&](int64_t begin, int64_t end) {

@@ -6,14 +6,11 @@ namespace woq {
 namespace {
 
 // Calls `run` with the width, one of Isa::widths, as a constant.
-template <class Run> inline void with_width(int width, const Run& run) {
-  if (width == 1) run(Index<1>{});
-  if (width == 2) run(Index<2>{});
-  if (width == 4) run(Index<4>{});
-  if constexpr (Isa::widths[3] != 0)
-    if (width == Isa::widths[3]) run(Index<Isa::widths[3]>{});
-  if constexpr (Isa::widths[4] != 0)
-    if (width == Isa::widths[4]) run(Index<Isa::widths[4]>{});
+template <int N = 0, class Run> inline void with_width(int width, const Run& run) {
+  if constexpr (N < 6 && Isa::widths[N] != 0) {
+    if (width == Isa::widths[N]) return run(Index<Isa::widths[N]>{});
+    with_width<N + 1>(width, run);
+  }
 }
 
 constexpr int kAhead = 2048;  // bytes; the hardware's own prefetching stops at every page
@@ -91,7 +88,10 @@ template <Kind kind, Format format> void panel(const Weight& w, const Arranged& 
     for (int64_t g = 0; g < w.groups; ++g)
       for (int i = 0; i < count; ++i) {
         const int64_t row = (begin + i) * kTileRows;
-        unpack<kind, format>(panel, {stored(w, row, g), stored(w, row + Isa::lanes, g)}, w.units, table);
+        const uint32_t* const vectors[2] = {stored(w, row, g), stored(w, row + Isa::lanes, g)};
+        fetch<format>(vectors[0], w.units);
+        if constexpr (kTileRows > kBlock) fetch<format>(vectors[1], w.units);
+        unpack<kind, format>(panel, vectors, w.units, table);
         const RowScales rows[2] = {row_scales<kind, format>(w, row, g), row_scales<kind, format>(w, row + Isa::lanes, g)};
         panel_tiles<kind, kPairs<kind, format>>(panel, w, a, g, rows, out[i]);
       }
@@ -162,7 +162,9 @@ void run_panel(const Weight& w, Kind kind, const Arranged& a, int64_t first, int
 }
 
 constexpr Kernels table_named(const char* name) {
-  return {name, Isa::lanes, Isa::has_bf16, {Isa::widths[0], Isa::widths[1], Isa::widths[2], Isa::widths[3], Isa::widths[4], 0}, arrange, run_direct, run_panel, run_dequantize};
+  Kernels table = {name, Isa::lanes, Isa::has_bf16, {}, arrange, run_direct, run_panel, run_dequantize};
+  for (int i = 0; i < 6; ++i) table.widths[i] = Isa::widths[i];
+  return table;
 }
 
 }  // namespace
