@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -104,20 +105,23 @@ std::vector<woq::Tile> divide(const woq::Kernels& k, int64_t first, int64_t last
   return tiles;
 }
 
-struct Scratch {
-  Tensor words, sums, steps;
-};
+// Shaped like x, but for the last dimension.
+Tensor shaped_like(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return torch::stable::new_empty(x, shape);
+}
 
 // Tokens first .. last: arranged, then multiplied with all rows.
-void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Input& in, const woq::Output& y, const Tensor& like, int64_t first, int64_t last) {
+void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Input& in, const woq::Output& y, int64_t first, int64_t last) {
   const std::vector<woq::Tile> tiles = divide(k, first, last);
   const int places = tiles.back().offset + tiles.back().width;
   const int64_t inputs = w.groups * w.units * woq::kUnit;
-  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  const Scratch scratch = {floats(places * w.groups * w.units * woq::words_per_unit(kind)), floats(places * w.groups), floats(places * w.groups)};
-  const woq::Arranged a = {static_cast<uint32_t*>(scratch.words.data_ptr()), static_cast<float*>(scratch.sums.data_ptr()),
-                           static_cast<float*>(scratch.steps.data_ptr()),    tiles.data(),
-                           static_cast<int>(tiles.size()),                   places};
+  // Not a tensor: making one takes longer than a small layer's product.
+  const int64_t words = places * w.groups * w.units * woq::words_per_unit(kind), sums = places * w.groups;
+  const std::unique_ptr<uint32_t[]> scratch(new uint32_t[words + 2 * sums]);
+  float* floats = reinterpret_cast<float*>(scratch.get() + words);
+  const woq::Arranged a = {scratch.get(), floats, floats + sums, tiles.data(), static_cast<int>(tiles.size()), places};
   const int64_t groups = a.tile_count * w.groups;
   torch::stable::parallel_for(0, groups, kArrangeGrain * groups / (places * inputs) + 1,
                               [&](int64_t begin, int64_t end) { k.arrange(w, in, kind, a, begin, end); });
@@ -131,10 +135,10 @@ void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Inpu
 // x with its columns in the weight's order, 0 in the padding.
 Tensor in_order(const Tensor& x, const woq::Input& in, int64_t inputs) {
   if (in.order == nullptr && in.columns == inputs) return x;
-  Tensor ordered = torch::stable::new_empty(x, {x.size(0), inputs});
+  Tensor ordered = shaped_like(x, inputs);
   const uint16_t* from = static_cast<const uint16_t*>(in.x);
   uint16_t* to = static_cast<uint16_t*>(ordered.data_ptr());
-  torch::stable::parallel_for(0, x.size(0), kGrain / inputs + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.numel() / in.columns, kGrain / inputs + 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       for (int64_t i = 0; i < inputs; ++i) {
         const int64_t column = in.order ? in.order[i] : i;
@@ -150,7 +154,7 @@ Tensor through_matmul(const woq::Kernels& k, const woq::Weight& w, const Tensor&
   const Tensor ordered = in_order(x, in, inputs);
   const int64_t tiles = (w.rows + tile_rows - 1) / tile_rows;
   const int64_t fit = kCacheBytes * torch::stable::get_num_threads() / (inputs * tile_rows * 2) + 1, at_once = std::min(tiles, fit);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), w.rows});
+  Tensor y = shaped_like(x, w.rows);
   Tensor panel = torch::stable::new_empty(x, {inputs, at_once * tile_rows});
   uint16_t* out = static_cast<uint16_t*>(panel.data_ptr());
   for (int64_t first = 0; first < tiles; first += at_once) {
@@ -158,29 +162,31 @@ Tensor through_matmul(const woq::Kernels& k, const woq::Weight& w, const Tensor&
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       k.dequantize(w, first + begin, first + end, out + begin * tile_rows, at_once * tile_rows);
     });
-    Tensor part = torch::stable::narrow(panel, 1, 0, rows), to = torch::stable::narrow(y, 1, first * tile_rows, rows);
+    Tensor part = torch::stable::narrow(panel, 1, 0, rows), to = torch::stable::narrow(y, y.dim() - 1, first * tile_rows, rows);
     torch::stable::copy_(to, torch::stable::matmul(ordered, part));
   }
   return y;
 }
 
+// x [..., columns] -> [..., out_features]
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros, std::optional<Tensor> table,
               std::optional<Tensor> order, int64_t out_features, int64_t bits, double zero, bool int8, int64_t level, int64_t matmul_from) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.is_cpu(), "woq: x must be a contiguous matrix on the CPU");
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous() && x.is_cpu(), "woq: x must be contiguous, on the CPU, and no scalar");
+  const int64_t columns = x.size(x.dim() - 1), tokens = x.numel() / std::max<int64_t>(columns, 1);
   const woq::Kernels& k = kernels(level);
   const woq::Weight w = describe(weight, scales, zeros, table, out_features, bits, zero);
   const int64_t inputs = w.groups * w.units * woq::kUnit;
   STD_TORCH_CHECK(!order || (order->is_contiguous() && order->numel() == inputs && order->scalar_type() == ScalarType::Int),
                   "woq: order must be int32 [", inputs, "]");
-  STD_TORCH_CHECK(order || x.size(1) <= inputs, "woq: x has ", x.size(1), " columns, the weight ", inputs);
-  const woq::Input in = {x.data_ptr(), dtype_of(x, "x"), x.size(1), order ? static_cast<const int32_t*>(order->data_ptr()) : nullptr};
+  STD_TORCH_CHECK(columns > 0 && (order || columns <= inputs), "woq: x has ", columns, " columns, the weight ", inputs);
+  const woq::Input in = {x.data_ptr(), dtype_of(x, "x"), columns, order ? static_cast<const int32_t*>(order->data_ptr()) : nullptr};
   const Kind kind = int8 ? Kind::i8 : k.has_bf16 && in.dtype == Dtype::bf16 ? Kind::bf16 : Kind::f32;
   const int64_t many = matmul_from >= 0 ? matmul_from : woq::has_amx_bf16() && level < 0 ? kMatmulFrom : INT64_MAX;
-  if (in.dtype == Dtype::bf16 && x.size(0) >= std::max<int64_t>(many, 1)) return through_matmul(k, w, x, in);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (in.dtype == Dtype::bf16 && tokens >= std::max<int64_t>(many, 1)) return through_matmul(k, w, x, in);
+  Tensor y = shaped_like(x, out_features);
   const woq::Output out = {y.data_ptr(), in.dtype};
-  for (int64_t first = 0; first < x.size(0); first += woq::kMaxTokens)
-    run(k, w, kind, in, out, x, first, std::min<int64_t>(first + woq::kMaxTokens, x.size(0)));
+  for (int64_t first = 0; first < tokens; first += woq::kMaxTokens)
+    run(k, w, kind, in, out, first, std::min<int64_t>(first + woq::kMaxTokens, tokens));
   return y;
 }
 

@@ -293,8 +293,9 @@ def test_compute_dtype_is_a_permission() -> None:
     ("name", "value", "told"),
     [
         ("x", torch.randn(3, 100), "100 columns"),
-        ("x", torch.randn(64), "contiguous matrix"),
-        ("x", torch.randn(64, 3).T, "contiguous matrix"),
+        ("x", torch.randn(3, 0), "0 columns"),
+        ("x", torch.tensor(1.0), "contiguous"),
+        ("x", torch.randn(64, 3).T, "contiguous"),
         ("x", torch.ones(3, 64, dtype=torch.int32), "float32, float16"),
         ("bits", 8, "weight must be"),
         ("bits", 5, "2, 3, 4 or 8"),

@@ -79,9 +79,8 @@ def multiply(x: Tensor, state: CpuState, level: int = BEST, matmul_from: int = -
 
     Raises RuntimeError where the processor does not have them.
     """
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = torch.ops.woq.cpu_linear(
-        flat,
+        x.contiguous(),
         state.weight,
         state.scales,
         state.zeros,
@@ -94,7 +93,7 @@ def multiply(x: Tensor, state: CpuState, level: int = BEST, matmul_from: int = -
         level,
         matmul_from,
     )
-    return y.reshape(*x.shape[:-1], state.out_features)
+    return y
 
 
 def levels() -> list[str]:
@@ -170,6 +169,6 @@ def _register() -> None:
     """What the compiled operator does not bring itself: its shape, for tracing."""
 
     def linear_shape(x: Tensor, *rest: Any) -> Tensor:
-        return x.new_empty(x.shape[0], rest[5])
+        return x.new_empty(*x.shape[:-1], rest[5])
 
     torch.library.register_fake("woq::cpu_linear", linear_shape)
