@@ -34,7 +34,7 @@ from woq.linear import QuantLinear
 GROUP = {"stories15M": 32, "smollm2-135m": 64}
 PAPER: dict[str, Any] = {"search": "minmax", "act_group_aware": False, "true_sequential": False}
 PLAIN: dict[str, Any] = {"quant_method": "gptq", "drift_correction": 0.0, "refine": 0}
-OWN: dict[str, Any] = {"own_samples": 384}
+OWN: dict[str, Any] = {"own_samples": 256}
 LONG: dict[str, Any] = {"own_samples": 768, "iters": 500, "lookahead": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "RTN minmax": {"quant_method": "rtn", "search": "minmax"},
@@ -51,9 +51,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "AutoRound, end to end": {"quant_method": "autoround", "distill_iters": 200},
     # Beside the protocol's calibration windows, text that the model writes going on with some tokens of them.
     "GPTQ, own text": {"quant_method": "gptq", **OWN},
-    "AutoRound, own text": {"quant_method": "autoround", **OWN, "iters": 300, "lookahead": 1},
+    "AutoRound, own text": {"quant_method": "autoround", **OWN, "lookahead": 1},
     "AutoRound, own text, end to end": {
-        "quant_method": "autoround", **OWN, "iters": 300, "lookahead": 1, "distill_iters": 400,
+        "quant_method": "autoround", **OWN, "lookahead": 1, "distill_iters": 300,
     },
     "AutoRound, long": {"quant_method": "autoround", **LONG},
     "AutoRound, long, end to end": {"quant_method": "autoround", **LONG, "distill_iters": 400},
