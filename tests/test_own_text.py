@@ -45,7 +45,7 @@ def test_own_samples_come_beside_the_data(tiny_model: Callable[[str], nn.Module]
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(plain, more, strict=False))
     again = calibration_batches(IDS, own_samples=3, **options)
     assert torch.equal(more[2].input_ids, again[2].input_ids)
-    with pytest.raises(CalibrationError, match="own_samples=3"):
+    with pytest.raises(CalibrationError, match="none was given"):
         calibration_batches(IDS, own_samples=3)
 
 

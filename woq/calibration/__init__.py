@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from woq.calibration.batches import (
     Batch,
@@ -85,15 +85,8 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     seq_len = _capped(seq_len, model)
     tokenizer = _loaded(tokenizer)
     if source is None or (isinstance(source, str) and source == "self"):
-        if model is None:
-            raise CalibrationError(
-                "text can only be sampled from a model, and none was given", hint=OFFLINE_HINT
-            )
         label = "text sampled from the model itself"
-        sampled = sample_from_model(
-            model, num_samples=num_samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, progress=progress
-        )
-        samples = [Sample(row) for row in sampled]
+        samples = _written(num_samples, seq_len, seed, model, tokenizer, progress)
     else:
         label, records = open_source(source, seq_len)
         read = _Reader(tokenizer, vocabulary_size(model), num_samples, seq_len, padding)
@@ -105,30 +98,31 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     pad = _pad_id(pad_token_id, tokenizer)
     batches = to_batches(samples, batch_size, pad, label)
     if own_samples:
-        written = _going_on(samples, own_samples, seq_len, seed, model, tokenizer, progress)
+        openings = openings_of(samples, own_samples, seq_len, seed)
+        written = _written(own_samples, seq_len, seed, model, tokenizer, progress, openings)
         batches += to_batches(written, batch_size, pad, "the model going on with them")
     _report(batches, num_samples + own_samples, seq_len, model)
     return batches
 
 
-def _going_on(
-    samples: Sequence[Sample],
+def _written(
     count: int,
     seq_len: int,
     seed: int,
     model: nn.Module | None,
     tokenizer: Any,
     progress: Progress | None,
+    openings: Tensor | None = None,
 ) -> list[Sample]:
-    """`count` samples that begin with tokens of the data and that the model goes on with."""
+    """Samples that the model writes, going on with `openings` where there are some."""
     if model is None:
-        raise CalibrationError(f"own_samples={count} are to be written by a model, and none was given")
+        raise CalibrationError("text can only be sampled from a model, and none was given", hint=OFFLINE_HINT)
     rows = sample_from_model(
         model,
         num_samples=count,
         seq_len=seq_len,
         seed=seed,
-        openings=openings_of(samples, count, seq_len, seed),
+        openings=openings,
         tokenizer=tokenizer,
         progress=progress,
     )
