@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM as Plain
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.common import cpu_name, current_commit, quantiles, random_weight
-from woq import AutoModelForCausalLM, RtnConfig, quantize_folder
+from woq import AutoModelForCausalLM, RtnConfig, fuse_shared_inputs, quantize_folder
 from woq.backends.base import Target
 from woq.interop.convert import convert
 from woq.linear import QuantLinear
@@ -47,6 +47,8 @@ OURS: dict[str, dict[str, Any]] = {
     "woq bf16 int8": {"dtype": "bfloat16", "compute_dtype": "int8"},
     "woq fp32 int8": {"dtype": "float32", "compute_dtype": "int8"},
 }
+# The output head in 8 bits too, and linears that share an input as one product.
+ALL_PACKED = {"woq fp32, head, fused": OURS["woq fp32"], "woq fp32 int8, head, fused": OURS["woq fp32 int8"]}
 PLAIN = {"transformers bf16": torch.bfloat16, "transformers fp32": torch.float32}
 
 
@@ -172,6 +174,17 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], t
     for name, options in OURS.items():
         if name in args.variants:
             models[name] = AutoModelForCausalLM.from_pretrained(packed, device_map="cpu", **options)
+    if ALL_PACKED.keys() & set(args.variants):
+        with_head = folder / "packed-head"
+        head = {".*lm_head": {"bits": 8}}
+        config = RtnConfig(
+            group_size=args.group_size, search="minmax", device="cpu", quant_lm_head=True, overrides=head
+        )
+        quantize_folder(source, with_head, config)
+        for name, options in ALL_PACKED.items():
+            if name in args.variants:
+                models[name] = AutoModelForCausalLM.from_pretrained(with_head, device_map="cpu", **options)
+                fuse_shared_inputs(models[name])
     for name, model in models.items():
         found[name] = lambda model=model: rates(model.eval(), args.prompt, args.new)
         generate(model, torch.ones(1, 8, dtype=torch.int64), 2)
@@ -227,7 +240,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    every = [*PLAIN, *OURS]
+    every = [*PLAIN, *OURS, *ALL_PACKED]
     parser.add_argument("--variants", nargs="+", default=every, choices=every)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of this name")
     parser.add_argument("--work", type=Path, help="folder for what is written, instead of a temporary one")

@@ -23,7 +23,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
     options = argparse.Namespace(
         model=str(tmp_path / "float"), group_size=64, threads=1, prompt=8, new=2, rounds=2, llama_bench=None,
-        variants=["transformers fp32", "woq fp32"], commit="abc",
+        variants=["transformers fp32", "woq fp32", "woq fp32 int8, head, fused"], commit="abc",
     )  # fmt: skip
     rows = list(bench.measured(options, tmp_path))
     found = {(row["variant"], row["metric"]): float(row["p50"]) for row in rows}
