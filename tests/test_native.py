@@ -64,6 +64,23 @@ def test_a_packaged_library_wins(pretend: Path) -> None:
     assert calls(pretend) == 0
 
 
+def test_a_packaged_library_of_other_sources_is_left_aside(
+    pretend: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "cache_folder", lambda: pretend / "cache")
+    packaged = native.build_into_package("demo")
+    assert native.find_or_build("demo") == packaged
+    (pretend / "csrc/demo/kernel.cpp").write_text("int f() { return 2; }")
+    with caplog.at_level(logging.WARNING):
+        assert native.find_or_build("demo").is_relative_to(pretend / "cache")
+    assert "built from other sources" in caplog.text
+    assert native.build_into_package("demo") == packaged
+    assert native.find_or_build("demo") == packaged
+    (pretend / "csrc/demo/kernel.cpp").unlink()  # as a wheel has it
+    (pretend / "csrc/demo").rmdir()
+    assert native.find_or_build("demo") == packaged
+
+
 @pytest.mark.parametrize("change", ["source", "flags", "compiler"])
 def test_whatever_the_result_depends_on_is_in_the_key(pretend: Path, change: str) -> None:
     first = native.find_or_build("demo", cache=pretend / "cache")

@@ -137,9 +137,25 @@ def _load(name: str) -> None:
 def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | None = None) -> Path:
     """The shared library `name`: packaged, cached, or compiled now. Raises BuildError with the reason."""
     packaged = PACKAGED / f"woq_{name}.so"
-    if flags is None and packaged.exists():
+    if flags is None and packaged.exists() and not _outdated(name, packaged):
         return packaged
     return _cached_or_built(name, flags, cache)
+
+
+def record_sources(name: str) -> None:
+    """Write beside the packaged library `name` what it was built from, for checkouts whose sources move on."""
+    (PACKAGED / f"woq_{name}.sources").write_text(_sources(LIBRARIES[name]).hexdigest(), encoding="utf-8")
+
+
+def _outdated(name: str, packaged: Path) -> bool:
+    """Whether there are sources here, and others than the packaged library was built from. Wheels hold none."""
+    record = packaged.with_suffix(".sources")
+    if not record.exists() or not (SOURCES / LIBRARIES[name].folder).exists():
+        return False
+    if record.read_text(encoding="utf-8") == _sources(LIBRARIES[name]).hexdigest():
+        return False
+    logger.warning("%s was built from other sources than csrc holds now and is left aside", packaged)
+    return True
 
 
 def _cached_or_built(name: str, flags: list[str] | None, cache: Path | None) -> Path:
@@ -178,6 +194,7 @@ def build_into_package(name: str) -> Path:
     partial = target.with_suffix(".partial")
     shutil.copyfile(built, partial)
     partial.replace(target)
+    record_sources(name)
     return target
 
 
@@ -194,9 +211,7 @@ def _torch_flags() -> list[str]:
 
 def _key(library: Library, command: list[str]) -> str:
     """Digest of all that the binary depends on."""
-    digest = hashlib.sha256()
-    for path in sorted((SOURCES / library.folder).glob("*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest = _sources(library)
     compiler = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=60).stdout
     own = [f"{file}: {' '.join(flags)}" for file, flags in sorted(library.own_flags.items())]
     flags = [part for part in command if not part.startswith("-I")]  # not where torch lies: its version
@@ -204,6 +219,13 @@ def _key(library: Library, command: list[str]) -> str:
         digest.update(part.encode() + b"\0")
     digest.update(compiler)
     return digest.hexdigest()[:16]
+
+
+def _sources(library: Library) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    for path in sorted((SOURCES / library.folder).glob("*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest
 
 
 def _build(library: Library, command: list[str], sources: list[Path], target: Path, deadline: float) -> None:
