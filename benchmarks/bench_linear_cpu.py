@@ -134,15 +134,15 @@ def build(peer: Peer, weights: list[QuantizedWeight], footprint: float) -> tuple
 
 
 def worker(args: argparse.Namespace) -> None:
-    """All rows of one weight and one number of threads, appended to the CSV."""
+    """All rows of one weight and one number of threads, appended to the CSV as they come: a peer's crash ends the process."""
     (threads,), (width,), (shape,) = args.threads, args.widths, args.shapes
     torch.set_num_threads(threads)
     spec = spec_of(width, shape, args.group_size)
     count = int(args.footprint // (spec.out_features * spec.in_features * spec.bits / 8)) + 1
     weights = [random_weight(spec, seed, "cpu") for seed in range(count)]
     built: dict[Peer, list[Layer]] = {}
-    rows = []
     for peer in chosen(args, threads, width):
+        print(f"  {peer.name}", flush=True)
         try:
             if peer.package == "onnxruntime" and not any(p.package == "onnxruntime" for p in built):
                 start_onnxruntime(threads)
@@ -150,18 +150,19 @@ def worker(args: argparse.Namespace) -> None:
         except REFUSALS as reason:
             print(f"  left out: {peer.name}: {str(reason).splitlines()[0][:200]}", flush=True)
             continue
-        rows.append(row(args, peer, spec, 5, "error", "relative", (error,) * 3))
+        write(args.out, [row(args, peer, spec, 5, "error", "relative", (error,) * 3)])
     for m in args.tokens:
         x = torch.randn(m, spec.in_features, generator=torch.Generator().manual_seed(m))
         turns = {peer: Turns(layers, x) for peer, layers in built.items()}
         for _ in range(args.rounds):
             for its in turns.values():
                 its.turn(args.slice)
-        for peer, its in turns.items():
-            rows.append(row(args, peer, spec, m, "time", "us", quantiles(its.samples)))
+        write(
+            args.out,
+            [row(args, peer, spec, m, "time", "us", quantiles(its.samples)) for peer, its in turns.items()],
+        )
         said = sorted((quantiles(its.samples)[1], peer.name) for peer, its in turns.items())
         print(f"  M={m}: " + "  ".join(f"{name} {us:.0f}" for us, name in said), flush=True)
-    write(args.out, rows)
 
 
 def chosen(args: argparse.Namespace, threads: int, width: str) -> list[Peer]:
