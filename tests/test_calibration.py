@@ -1,4 +1,4 @@
-"""Calibration data: every kind of source, packing, padding, sampling, and the errors on the way."""
+"""Calibration data: every kind of source, packing, padding, and the errors on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,18 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.tiny_models import POSITIONS, TINY_ARCHITECTURES, VOCABULARY
+from tests.tiny_models import POSITIONS, VOCABULARY
 from woq.calibration import (
     Batch,
     CalibrationWarning,
     calibration_batches,
     describe,
     fingerprint,
-    sample_from_model,
     warn_if_small,
 )
 from woq.calibration.batches import pack
-from woq.calibration.sampling import OPENING_TOKENS, _draw
 from woq.calibration.sources import DATASETS, SHUFFLE_BUFFER, shuffled
 from woq.errors import CalibrationError
 
@@ -369,108 +366,6 @@ def test_fingerprint_sees_ids_masks_and_shapes() -> None:
     ]
     assert len({fingerprint(v) for v in variants}) == len(variants)
     assert fingerprint([Batch(ids)]) == fingerprint([Batch(ids.int(), torch.ones_like(ids))])
-
-
-# --- the model's own text ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_self_sampling_leaves_model_and_random_state_alone(
-    arch: str, tiny_model: Callable[[str], nn.Module]
-) -> None:
-    model = tiny_model(arch).train()
-    state = torch.get_rng_state()
-    options = {"num_samples": 6, "seq_len": 24}
-    once, again = (sample_from_model(model, seed=0, **options) for _ in range(2))
-    assert torch.equal(state, torch.get_rng_state())
-    assert model.training
-    assert once.shape == (6, 24)
-    assert torch.equal(once, again)
-    assert not torch.equal(once, sample_from_model(model, seed=1, **options))
-    assert (once[:, 0] == 1).all(), "rows begin with bos"
-    assert len(once.unique(dim=0)) == 6
-
-
-class WithoutCache(nn.Module):
-    """A model that returns no key-value cache, like a recurrent one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.model(input_ids=input_ids, use_cache=False).logits)
-
-
-@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_self_sampling_does_not_depend_on_the_cache(
-    arch: str, tiny_model: Callable[[str], nn.Module]
-) -> None:
-    model = tiny_model(arch)
-    options: dict[str, Any] = {"num_samples": 3, "seq_len": 20, "seed": 0}
-    assert torch.equal(sample_from_model(model, **options), sample_from_model(WithoutCache(model), **options))
-
-
-def test_rows_side_by_side_change_nothing(
-    tiny_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama")
-    told: list[tuple[int, int]] = []
-    options: dict[str, Any] = {"num_samples": 5, "seq_len": 16, "seed": 0}
-    together = sample_from_model(model, **options)
-    monkeypatch.setattr("woq.calibration.sampling.MAX_ROWS", 2)
-    assert torch.equal(together, sample_from_model(model, progress=lambda *at: told.append(at), **options))
-    assert told == sorted(told)
-    assert told[-1] == (80, 80)
-
-
-def test_a_document_that_ends_is_followed_by_a_new_one(tiny_model: Callable[[str], nn.Module]) -> None:
-    ids = sample_from_model(tiny_model("llama"), num_samples=40, seq_len=60, seed=0)
-    row, at = (ids[:, :-1] == EOS).nonzero(as_tuple=True)
-    assert len(at) > 3, "this seed should end documents"
-    assert (ids[row, at + 1] == 1).all()
-    openings = torch.stack([ids[:, i] for i in range(1, 1 + OPENING_TOKENS)])
-    assert not (openings == EOS).any()
-
-
-def test_without_bos_rows_begin_at_random(tiny_model: Callable[[str], nn.Module]) -> None:
-    model = tiny_model("qwen3")
-    model.config.bos_token_id = model.generation_config.bos_token_id = None
-    ids = sample_from_model(model, num_samples=20, seq_len=3, seed=0)
-    assert len(ids[:, 0].unique()) > 10
-
-
-def test_draws_follow_the_distribution() -> None:
-    draws = 20_000
-    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0, -1.0]).expand(draws, -1).clone()
-    uniform = (torch.arange(draws) + 0.5) / draws
-    nowhere = torch.zeros(draws, 1, dtype=torch.bool)
-    drawn = _draw(logits, nowhere, torch.tensor([], dtype=torch.int64), uniform)
-    frequency = torch.bincount(drawn, minlength=5) / draws
-    torch.testing.assert_close(frequency, logits[0].softmax(-1), rtol=0, atol=2 / draws)
-    assert frequency[2] == 0
-
-
-def test_logits_that_are_not_finite_are_an_error(tiny_model: Callable[[str], nn.Module]) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match="not finite after 1 tokens"):
-        batches(None, model=model)
-
-
-def test_own_text_is_likely_text(stories260k: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from woq.evaluation import perplexity
-
-    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
-    (batch,) = calibration_batches(model=model, tokenizer=stories260k, num_samples=8, seq_len=64)
-    assert batch.input_ids.shape == (8, 64)
-    assert perplexity(model, batch.input_ids).value < 20  # of 512 tokens; random ids give thousands
 
 
 def test_import_loads_neither_datasets_nor_transformers() -> None:

@@ -1,18 +1,126 @@
-"""Calibration with more than the data: samples that the model writes, going on with tokens of it."""
+"""Calibration text that the model writes itself: instead of data, and beside it, going on with tokens of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.tiny_models import TINY_ARCHITECTURES
 from woq import CalibrationError, GPTQConfig, quantize
 from woq.calibration import calibration_batches, sample_from_model
 from woq.calibration.batches import Sample, openings_of
+from woq.calibration.sampling import OPENING_TOKENS, _draw
 
+EOS = 2
 IDS = torch.arange(3, 99).view(4, 24)
+
+
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+def test_self_sampling_leaves_model_and_random_state_alone(
+    arch: str, tiny_model: Callable[[str], nn.Module]
+) -> None:
+    model = tiny_model(arch).train()
+    state = torch.get_rng_state()
+    options = {"num_samples": 6, "seq_len": 24}
+    once, again = (sample_from_model(model, seed=0, **options) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert once.shape == (6, 24)
+    assert torch.equal(once, again)
+    assert not torch.equal(once, sample_from_model(model, seed=1, **options))
+    assert (once[:, 0] == 1).all(), "rows begin with bos"
+    assert len(once.unique(dim=0)) == 6
+
+
+class WithoutCache(nn.Module):
+    """A model that returns no key-value cache, like a recurrent one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(input_ids=input_ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+def test_self_sampling_does_not_depend_on_the_cache(
+    arch: str, tiny_model: Callable[[str], nn.Module]
+) -> None:
+    model = tiny_model(arch)
+    options: dict[str, Any] = {"num_samples": 3, "seq_len": 20, "seed": 0}
+    assert torch.equal(sample_from_model(model, **options), sample_from_model(WithoutCache(model), **options))
+
+
+def test_rows_side_by_side_change_nothing(
+    tiny_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    told: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"num_samples": 5, "seq_len": 16, "seed": 0}
+    together = sample_from_model(model, **options)
+    monkeypatch.setattr("woq.calibration.sampling.MAX_ROWS", 2)
+    assert torch.equal(together, sample_from_model(model, progress=lambda *at: told.append(at), **options))
+    assert told == sorted(told)
+    assert told[-1] == (80, 80)
+
+
+def test_a_document_that_ends_is_followed_by_a_new_one(tiny_model: Callable[[str], nn.Module]) -> None:
+    ids = sample_from_model(tiny_model("llama"), num_samples=40, seq_len=60, seed=0)
+    row, at = (ids[:, :-1] == EOS).nonzero(as_tuple=True)
+    assert len(at) > 3, "this seed should end documents"
+    assert (ids[row, at + 1] == 1).all()
+    openings = torch.stack([ids[:, i] for i in range(1, 1 + OPENING_TOKENS)])
+    assert not (openings == EOS).any()
+
+
+def test_without_bos_rows_begin_at_random(tiny_model: Callable[[str], nn.Module]) -> None:
+    model = tiny_model("qwen3")
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    ids = sample_from_model(model, num_samples=20, seq_len=3, seed=0)
+    assert len(ids[:, 0].unique()) > 10
+
+
+def test_draws_follow_the_distribution() -> None:
+    draws = 20_000
+    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0, -1.0]).expand(draws, -1).clone()
+    uniform = (torch.arange(draws) + 0.5) / draws
+    nowhere = torch.zeros(draws, 1, dtype=torch.bool)
+    drawn = _draw(logits, nowhere, torch.tensor([], dtype=torch.int64), uniform)
+    frequency = torch.bincount(drawn, minlength=5) / draws
+    torch.testing.assert_close(frequency, logits[0].softmax(-1), rtol=0, atol=2 / draws)
+    assert frequency[2] == 0
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny_model: Callable[[str], nn.Module]) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="not finite after 1 tokens"):
+        calibration_batches(model=model, num_samples=4, seq_len=8)
+
+
+def test_own_text_is_likely_text(stories260k: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from woq.evaluation import perplexity
+
+    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
+    (batch,) = calibration_batches(model=model, tokenizer=stories260k, num_samples=8, seq_len=64)
+    assert batch.input_ids.shape == (8, 64)
+    assert perplexity(model, batch.input_ids).value < 20  # of 512 tokens; random ids give thousands
+
+
+# --- beside the data ------------------------------------------------------------------------------------------
 
 
 def test_the_model_goes_on_with_openings(tiny_model: Callable[[str], nn.Module]) -> None:

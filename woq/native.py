@@ -144,7 +144,7 @@ def find_or_build(name: str, *, flags: list[str] | None = None, cache: Path | No
 
 def record_sources(name: str) -> None:
     """Write beside the packaged library `name` what it was built from, for checkouts whose sources move on."""
-    (PACKAGED / f"woq_{name}.sources").write_text(_sources(LIBRARIES[name]).hexdigest(), encoding="utf-8")
+    (PACKAGED / f"woq_{name}.sources").write_text(_source_digest(LIBRARIES[name]), encoding="utf-8")
 
 
 def _outdated(name: str, packaged: Path) -> bool:
@@ -152,7 +152,7 @@ def _outdated(name: str, packaged: Path) -> bool:
     record = packaged.with_suffix(".sources")
     if not record.exists() or not (SOURCES / LIBRARIES[name].folder).exists():
         return False
-    if record.read_text(encoding="utf-8") == _sources(LIBRARIES[name]).hexdigest():
+    if record.read_text(encoding="utf-8") == _source_digest(LIBRARIES[name]):
         return False
     logger.warning("%s was built from other sources than csrc holds now and is left aside", packaged)
     return True
@@ -211,7 +211,7 @@ def _torch_flags() -> list[str]:
 
 def _key(library: Library, command: list[str]) -> str:
     """Digest of all that the binary depends on."""
-    digest = _sources(library)
+    digest = hashlib.sha256(_source_digest(library).encode())
     compiler = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=60).stdout
     own = [f"{file}: {' '.join(flags)}" for file, flags in sorted(library.own_flags.items())]
     flags = [part for part in command if not part.startswith("-I")]  # not where torch lies: its version
@@ -221,11 +221,11 @@ def _key(library: Library, command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sources(library: Library) -> hashlib._Hash:
+def _source_digest(library: Library) -> str:
     digest = hashlib.sha256()
     for path in sorted((SOURCES / library.folder).glob("*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest
+    return digest.hexdigest()
 
 
 def _build(library: Library, command: list[str], sources: list[Path], target: Path, deadline: float) -> None:

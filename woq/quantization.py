@@ -99,8 +99,8 @@ class _Run:
             )
         self.path, self.blocks = find_blocks(model, config.blocks)
         self.head = output_head(model) if config.quant_lm_head else None
-        inside = [*self.blocks, *(() if self.head is None else (self.head[1],))]
-        self.homes = [next(module.parameters()).device for module in inside]  # before anything is moved
+        quantized = [*self.blocks] if self.head is None else [*self.blocks, self.head[1]]
+        self.homes = [next(module.parameters()).device for module in quantized]  # before anything is moved
         self.embeddings = input_embeddings(model) if config.quant_embeddings else None
         self.report = Report(config, self._plan(config), str(device))
         self.batches: Sequence[Batch] = []
@@ -316,14 +316,10 @@ class _Run:
     @contextmanager
     def _following(self, index: int) -> Iterator[None]:
         """The block after this one at hand, for an algorithm that looks at it."""
-        if (
-            not self.algorithm.needs_following
-            or self.inputs is None
-            or self.captured is None
-            or index + 1 >= len(self.blocks)
-        ):
+        if not self.algorithm.needs_following or index + 1 >= len(self.blocks):
             yield
             return
+        assert self.inputs is not None and self.captured is not None  # who looks ahead needs data
         following = self.blocks[index + 1]
         with borrowed(following, self.device):
             self.inputs.following = Following(following, self.captured.calls[index + 1])

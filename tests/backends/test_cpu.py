@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq import native
@@ -262,7 +263,7 @@ def operands(state: CpuState, x: Tensor) -> tuple[object, ...]:
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_the_operator_is_well_registered(desc_act: bool) -> None:
     state = arrange(random_weight(WeightSpec(64, 16, 4, 32, False, desc_act)).pack())
-    torch.library.opcheck(torch.ops.woq.cpu_linear.default, operands(state, torch.randn(3, 64)))
+    opcheck(torch.ops.woq.cpu_linear.default, operands(state, torch.randn(3, 64)))
 
 
 def test_inference_mode_and_compile() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.library import Library
 
 from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import decode_int4
@@ -71,7 +72,7 @@ def xpu_kernel() -> Iterator[None]:
         exact = decode_int4(weight.t(), group, scale, zp.expand(k // group, n))
         return (x.double() @ exact.t()).half()
 
-    library = torch.library.Library("torch_ipex", "FRAGMENT")
+    library = Library("torch_ipex", "FRAGMENT")
     library.define(
         "mm_int4(Tensor input, Tensor weight, Tensor scale, Tensor zp, int gs, Tensor? g_idx=None) -> Tensor"
     )

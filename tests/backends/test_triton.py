@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import opcheck
 
 pytest.importorskip("triton")
 
@@ -219,7 +220,7 @@ def test_the_operator_is_one_to_torch() -> None:
     state = arrange(weight)
     x = tokens(4, 512, torch.bfloat16, device="cuda").requires_grad_()
     arguments = (x, state.words, state.scales, state.zeros, state.order, state.bits, state.group_size)
-    torch.library.opcheck(torch.ops.woq.triton_linear.default, arguments)
+    opcheck(torch.ops.woq.triton_linear.default, arguments)
     compiled = torch.compile(lambda x: TritonBackend().apply(x, state) * 2, fullgraph=True)
     assert torch.equal(compiled(x), TritonBackend().apply(x, state) * 2)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import XpuKernels, decode_int4
@@ -191,7 +192,7 @@ def test_a_torch_without_the_kernel_is_asked(operator: str) -> None:
     target = Target(XPU, torch.bfloat16)
     told = load("xpu").why_not(spec, target)
     assert told is not None and f"has no XPU kernel for {operator}" in told
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     try:
         library.impl(operator.removeprefix("aten::"), lambda *arguments: None, "XPU")
         assert has_kernel(operator)
