@@ -10,8 +10,9 @@ What it gives up: the whole model is in memory in float32, and trained through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from woq.calibration import Batch
 from woq.linear import QuantLinear
 from woq.quant import storable_scale
+from woq.recording import recorded
 
 _HELD_OUT = 16
 _CHECKS = 8
@@ -82,52 +84,78 @@ def distill(
     for parameter in trained:
         parameter.requires_grad_()
 
-    def loss(i: int) -> Tensor:
-        return _divergence(model, head, batches[i], teacher[i].to(device))
+    def example(i: int) -> list[Any]:
+        each = [batches[i].input_ids, batches[i].attention_mask, teacher[i]]
+        return [None if value is None else value.to(device) for value in each]
+
+    def gradients(example: Sequence[Any]) -> list[Tensor]:
+        return list(torch.autograd.grad(_divergence(model, head, *example), trained))
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        return float(torch.stack([_divergence(model, head, *example(i)) for i in held_out]).mean())
 
     held_out = list(range(0, len(batches), _HELD_OUT)) if len(batches) > 1 else [0]
     training = [i for i in range(len(batches)) if i not in held_out] or [0]
-    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99))
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
-    generator, order = torch.Generator().manual_seed(seed), list[int]()
-    with torch.no_grad():
-        before = best = float(torch.stack([loss(i) for i in held_out]).mean())
-    kept = [p.detach().clone() for p in trained]
-    for step in range(iters):
-        order = order or torch.randperm(len(training), generator=generator).tolist()
-        gradients = torch.autograd.grad(loss(training[order.pop()]), trained)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        falling.step()
-        if (step + 1) % max(iters // _CHECKS, 1) == 0 or step + 1 == iters:
-            with torch.no_grad():
-                now = float(torch.stack([loss(i) for i in held_out]).mean())
-            if now < best:
-                best, kept = now, [p.detach().clone() for p in trained]
-    with torch.no_grad():
-        for parameter, value in zip(trained, kept, strict=True):
-            parameter.copy_(value)
+    weights = sum(student.weight.numel() for student in students.values())
+    step = recorded(gradients, device, weights, batches[0].input_ids.numel())
+    before, best = _tune(
+        trained, (step(example(i)) for i in _in_turn(training, seed)), held_out_error, iters, lr
+    )
     for parameter, before_that in zip(small, asked, strict=True):
         parameter.requires_grad_(before_that).grad = None
     _swap(model, {name: student.finished() for name, student in students.items()})
     return before, best
 
 
-def _divergence(model: nn.Module, head: nn.Module, batch: Batch, given: Tensor) -> Tensor:
-    """Mean KL(float || quantized) over the batch's tokens. What the head is given is trained, the head itself is not."""
+def _in_turn(training: Sequence[int], seed: int) -> Iterator[int]:
+    """Batches without end, each epoch in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for i in torch.randperm(len(training), generator=generator).tolist():
+            yield training[i]
+
+
+def _tune(
+    trained: Sequence[Tensor],
+    gradients: Iterator[list[Tensor]],
+    held_out_error: Callable[[], float],
+    iters: int,
+    lr: float,
+) -> tuple[float, float]:
+    """Adam, its rate falling linearly. The held-out error before and after; `trained` is left in its best state."""
+    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99))
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
+    before = best = held_out_error()
+    kept = [p.detach().clone() for p in trained]
+    for step in range(iters):
+        for parameter, gradient in zip(trained, next(gradients), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        falling.step()
+        if (step + 1) % max(iters // _CHECKS, 1) == 0 or step + 1 == iters:
+            now = held_out_error()
+            if now < best:
+                best, kept = now, [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+    return before, best
+
+
+def _divergence(model: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor | None, given: Tensor) -> Tensor:
+    """Mean KL(float || quantized) over the tokens of a batch, all of it on the model's device. What the head is given is trained, the head itself is not."""
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(given.device)
     try:
-        model(input_ids=batch.input_ids.to(given.device), attention_mask=mask, use_cache=False)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
         with torch.no_grad():
             target = F.log_softmax(head(given).float(), -1)
     finally:
         handle.remove()
     ours = F.log_softmax(seen[0].float(), -1)
     each = F.kl_div(ours, target, log_target=True, reduction="none").sum(-1)
-    return each.mean() if mask is None else each[mask.bool()].mean()
+    return each.mean() if mask is None else torch.where(mask.bool(), each, 0.0).sum() / mask.sum()
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from woq.blocks import linears
 from woq.errors import CalibrationError
 from woq.moe import UnfusedExperts
+from woq.nested import mapped, tensors_in
 
 T = TypeVar("T")
 
@@ -91,16 +92,6 @@ def first_tensor(output: Any) -> Tensor:
     return value
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
-    if isinstance(value, dict):
-        return {name: _to(v, device) for name, v in value.items()}
-    return value
-
-
 def forward_batch(
     block: nn.Module, inputs: BlockInputs, i: int, call: Callable[..., Any] = call_block
 ) -> Tensor:
@@ -109,7 +100,7 @@ def forward_batch(
     `call(block, hidden, block_call)` runs it: `call_block`, or one that puts other weights in.
     """
     hidden, own, mask = inputs.hidden[i], inputs.calls[i], inputs.masks[i]
-    here = BlockCall(_to(own.args, inputs.device), _to(own.kwargs, inputs.device), own.hidden_by_keyword)
+    here = mapped(own, lambda tensor: tensor.to(inputs.device))
     experts = [m for m in block.modules() if isinstance(m, UnfusedExperts)]
     for module in experts:
         module.token_mask = None if mask is None else mask.flatten()
@@ -267,25 +258,10 @@ def inside_experts(block: nn.Module, name: str) -> bool:
 def select(inputs: BlockInputs, i: int, rows: Sequence[int]) -> BlockInputs:
     """Batch `i` alone, cut to the samples `rows`; the whole of it where an argument cannot be cut along samples."""
     hidden, call, mask = inputs.hidden[i], inputs.calls[i], inputs.masks[i]
-    tensors = [t for t in _tensors((call.args, call.kwargs)) if t.dim() > 1]
+    tensors = [t for t in tensors_in(call) if t.dim() > 1]
     chosen = list(rows)
     if len(chosen) == len(hidden) or any(t.shape[0] not in (1, len(hidden)) for t in tensors):
         return BlockInputs(inputs.device, [hidden], [call], [mask])
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[chosen] if value.dim() > 1 and value.shape[0] > 1 else value
-        if isinstance(value, tuple | list):
-            return type(value)(cut(v) for v in value)
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    one = BlockCall(cut(call.args), cut(call.kwargs), call.hidden_by_keyword)
+    one = mapped(call, lambda t: t[chosen] if t.dim() > 1 and t.shape[0] > 1 else t)
     return BlockInputs(inputs.device, [hidden[chosen]], [one], [None if mask is None else mask[chosen]])
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []

@@ -27,7 +27,10 @@ from woq.algorithms.rtn import Rtn
 from woq.algorithms.tunable import FakeQuantize, Tunable, fake_quantize, plain_fake_quantize
 from woq.blocks import Linear, linears, weight_of, write_back
 from woq.configs import AutoRoundConfig, GPTQConfig, RtnConfig
+from woq.moe import UnfusedExperts
+from woq.nested import mapped
 from woq.phases import phase
+from woq.recording import Gradients, recorded
 from woq.replay import BlockCall, BlockInputs, forward_batch
 from woq.weights import WeightSpec
 
@@ -126,12 +129,13 @@ class AutoRound(Algorithm[AutoRoundConfig]):
         optimizer = _OPTIMIZERS[config.optimizer](groups)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         batches = tuning.training_batches(config.seed)
+        gradients = tuning.recorded_gradients(config.gradient_accumulate_steps)
         before = best = tuning.held_out_error()
         kept = tuning.state()
         for step in range(config.iters):
-            optimizer.zero_grad()
-            for _ in range(config.gradient_accumulate_steps):
-                tuning.loss(next(batches)).backward()
+            chosen = [tuning.example(next(batches)) for _ in range(config.gradient_accumulate_steps)]
+            for parameter, gradient in zip(tuning.trained, gradients(chosen), strict=True):
+                parameter.grad = gradient
             optimizer.step()
             falling.step()
             tuning.clamp()
@@ -141,6 +145,21 @@ class AutoRound(Algorithm[AutoRoundConfig]):
                     best, kept = error, tuning.state()
         tuning.restore(kept)
         return before, best
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch on the block's device: what the block is called with, and what it is to return there.
+
+    hidden, target: [B, L, H]; mask: bool [B, L], or None where all tokens count; ahead: the next block's arguments and what
+    it is to return, where the loss looks ahead.
+    """
+
+    hidden: Tensor
+    call: BlockCall
+    mask: Tensor | None
+    target: Tensor
+    ahead: tuple[BlockCall, Tensor] | None
 
 
 @dataclass(eq=False)
@@ -163,9 +182,17 @@ class Tuning:
         if self.inputs.following is not None:
             with torch.no_grad():
                 self.targets_ahead = [
-                    self._ahead(i, target).to(target.device) for i, target in enumerate(self.targets)
+                    self._ahead(target, call, mask).to(target.device)
+                    for target, call, mask in zip(
+                        self.targets, self.inputs.following.calls, self.inputs.masks, strict=True
+                    )
                 ]
             self.power_ahead = self._power(self.targets_ahead)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Rounding offsets, then the factors of the ranges' ends."""
+        return [*self.offsets, *self.ends]
 
     @property
     def offsets(self) -> list[Tensor]:
@@ -177,6 +204,14 @@ class Tuning:
         """The factors of the ranges' ends."""
         return [end for tunable in self.tunables for end in tunable.ends]
 
+    def example(self, i: int) -> Example:
+        """Batch `i`."""
+        given, following = self.inputs, self.inputs.following
+        ahead = None if following is None else (following.calls[i], self.targets_ahead[i])
+        example = Example(given.hidden[i], given.calls[i], given.masks[i], self.targets[i], ahead)
+        on_device: Example = mapped(example, lambda tensor: tensor.to(given.device))
+        return on_device
+
     def training_batches(self, seed: int) -> Iterator[int]:
         """Indices of batches without end, each epoch in another order."""
         generator = torch.Generator().manual_seed(seed)
@@ -184,23 +219,44 @@ class Tuning:
             for i in torch.randperm(len(self.training), generator=generator).tolist():
                 yield self.training[i]
 
-    def loss(self, i: int) -> Tensor:
-        """Mean squared error of the block's output on batch `i`, padding left out, relative to the mean target.
+    def loss(self, example: Example) -> Tensor:
+        """Mean squared error of the block's output, padding left out, relative to the mean target.
 
         Looking ahead, that of the next block's output on top.
         """
-        output = forward_batch(self.block, self.inputs, i, self._call)
-        error = self._square(i, output - self.targets[i].to(output.device)) / self.power
-        if self.targets_ahead:
-            ahead = self._ahead(i, output)
-            error = error + self._square(i, ahead - self.targets_ahead[i].to(ahead.device)) / self.power_ahead
+        given = BlockInputs(self.inputs.device, [example.hidden], [example.call], [example.mask])
+        output = forward_batch(self.block, given, 0, self._call)
+        error = _square(output - example.target, example.mask) / self.power
+        if example.ahead is not None:
+            call, target = example.ahead
+            ahead = self._ahead(output, call, example.mask)
+            error = error + _square(ahead - target, example.mask) / self.power_ahead
         return error
+
+    def gradients(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Of the sum of the examples' losses, for all that is `trained`."""
+        total: list[Tensor] = []
+        for example in examples:
+            # An expert that nothing reached has no gradient of its own.
+            found = torch.autograd.grad(self.loss(example), self.trained, materialize_grads=True)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
+        return total
+
+    def recorded_gradients(self, accumulated: int) -> Gradients:
+        """`gradients`, as a CUDA graph where that pays. What reaches an expert decides over shapes, which a graph cannot."""
+        if any(isinstance(module, UnfusedExperts) for module in self.block.modules()):
+            return self.gradients
+        hidden = self.inputs.hidden[0]
+        weights = sum(offset.numel() for offset in self.offsets)
+        return recorded(
+            self.gradients, self.inputs.device, weights, accumulated * hidden.shape[0] * hidden.shape[1]
+        )
 
     @torch.no_grad()
     def held_out_error(self) -> float:
         """The loss on what is not trained on."""
         with phase("held out"):
-            return float(torch.stack([self.loss(i) for i in self.held_out]).mean())
+            return float(torch.stack([self.loss(self.example(i)) for i in self.held_out]).mean())
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -212,27 +268,24 @@ class Tuning:
 
     def state(self) -> list[Tensor]:
         """A copy of all that is trained."""
-        return [p.detach().clone() for p in (*self.offsets, *self.ends)]
+        return [p.detach().clone() for p in self.trained]
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
         """Back to what `state()` gave."""
-        for parameter, value in zip((*self.offsets, *self.ends), state, strict=True):
+        for parameter, value in zip(self.trained, state, strict=True):
             parameter.copy_(value)
 
     def _power(self, targets: Sequence[Tensor]) -> float:
-        return float(torch.stack([self._square(i, target) for i, target in enumerate(targets)]).mean()) or 1.0
+        masks = self.inputs.masks
+        squares = [_square(target, mask) for target, mask in zip(targets, masks, strict=True)]
+        return float(torch.stack(squares).mean()) or 1.0
 
-    def _square(self, i: int, x: Tensor) -> Tensor:
-        mask = self.inputs.masks[i]
-        return (x if mask is None else x[mask.to(x.device)]).float().square().mean()
-
-    def _ahead(self, i: int, hidden: Tensor) -> Tensor:
-        """What the next block makes of `hidden`, batch `i`'s output of this one."""
-        following = self.inputs.following
-        assert following is not None
-        given = BlockInputs(self.inputs.device, [hidden], [following.calls[i]], [self.inputs.masks[i]])
-        return forward_batch(following.block, given, 0)
+    def _ahead(self, hidden: Tensor, call: BlockCall, mask: Tensor | None) -> Tensor:
+        """What the next block makes of `hidden`, an output of this one."""
+        assert self.inputs.following is not None
+        given = BlockInputs(self.inputs.device, [hidden], [call], [mask])
+        return forward_batch(self.inputs.following.block, given, 0)
 
     def _call(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
         """Run the block with the tunables' weights in place of its own."""
@@ -248,6 +301,15 @@ class Tuning:
         if call.hidden_by_keyword:
             return run(block, weights, (), {"hidden_states": hidden, **call.kwargs})
         return run(block, weights, (hidden, *call.args), call.kwargs)
+
+
+def _square(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean square of x [B, L, H] over the tokens that count. Nothing here waits for the device."""
+    if mask is None:
+        return x.float().square().mean()
+    mask = mask.to(x.device)
+    counted = torch.where(mask.unsqueeze(-1), x.float(), 0.0)  # padding may hold NaN
+    return counted.square().sum() / (mask.sum() * x.shape[-1])
 
 
 def _run_with(

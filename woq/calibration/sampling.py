@@ -20,7 +20,7 @@ from woq.errors import CalibrationError
 
 OPENING_TOKENS = 4  # of each document: sampled broader, so that documents differ, and never its end
 OPENING_TEMPERATURE = 1.5
-MAX_ROWS = 512
+MAX_ROWS = 1024
 CACHE_BYTES = 4 * 2**30  # bounds the rows side by side on large models
 
 Progress = Callable[[int, int], None]
