@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "AutoRound": {"quant_method": "autoround"},
     "AutoRound, end to end": {"quant_method": "autoround", "distill_iters": 200},
-    # Beside the protocol's calibration windows, text that the model writes going on with some tokens of them.
+    # Beside the protocol's calibration windows, text that the model writes, half of it going on with some tokens of them.
     "GPTQ, own text": {"quant_method": "gptq", **OWN},
     "AutoRound, own text": {"quant_method": "autoround", **OWN, "lookahead": 1},
     "AutoRound, own text, end to end": {

@@ -21,7 +21,16 @@ from torch import Tensor
 from woq import native
 from woq.backends.cuda import CudaState, _register, dequantize
 
-PREFILL = [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)]  # tokens, row groups of a tile
+PREFILL = [
+    (16, 2),
+    (16, 4),
+    (32, 2),
+    (32, 4),
+    (64, 2),
+    (64, 4),
+    (128, 4),
+    (256, 2),
+]  # tokens, row groups of a tile
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
 ERROR = 0.01  # of the whole product, relative: bf16 rounding gives 0.003
 

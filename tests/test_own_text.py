@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself: instead of data, and beside it, going on with tokens of it."""
+"""Calibration text that the model writes itself: instead of data, and beside it, where half goes on with tokens of it."""
 
 from __future__ import annotations
 
@@ -153,6 +153,9 @@ def test_own_samples_come_beside_the_data(tiny_model: Callable[[str], nn.Module]
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(plain, more, strict=False))
     again = calibration_batches(IDS, own_samples=3, **options)
     assert torch.equal(more[2].input_ids, again[2].input_ids)
+    goes_on, *begin = more[2].input_ids[0], more[2].input_ids[1], more[3].input_ids[0]
+    assert (goes_on[:12].diff() == 1).all(), "half of a sample, as the data has it"
+    assert [row[0] for row in begin] == [1, 1], "as texts begin"
     with pytest.raises(CalibrationError, match="none was given"):
         calibration_batches(IDS, own_samples=3)
 
@@ -160,5 +163,5 @@ def test_own_samples_come_beside_the_data(tiny_model: Callable[[str], nn.Module]
 def test_quantizing_uses_and_reports_them(tiny_model: Callable[[str], nn.Module]) -> None:
     config = GPTQConfig(bits=4, group_size=16, num_samples=4, seq_len=24, own_samples=8)
     report = quantize(tiny_model("llama"), config, IDS, device="cpu")
-    assert report.calibration.startswith("12 samples x 24 = 288 tokens from token ids, the model going on")
+    assert report.calibration.startswith("12 samples x 24 = 288 tokens from token ids, the model itself")
     assert {layer.tokens for layer in report.layers} == {288}

@@ -75,6 +75,7 @@ inline int prefill_stages(PrefillPlan p, int bits, const Device& device) {
 
 // Nanoseconds of one turn of a thread block, when its processor is full: measured on an H100 with 4 bits.
 inline int64_t turn_time(const PrefillPlan& p) {
+  if (p.tokens == 256) return 720;
   if (p.groups == 2) return p.tokens == 16 ? 729 : p.tokens == 32 ? 806 : 1042;
   return p.tokens == 16 ? 753 : p.tokens == 32 ? 772 : p.tokens == 64 ? 940 : 1501;
 }
@@ -83,7 +84,7 @@ inline int64_t turn_time(const PrefillPlan& p) {
 // its choices took at most 1 % more than the fastest plans together.
 inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& device) {
   const int64_t blocks = divide(p, device.processors, a), slots = int64_t(p.residents()) * device.processors, area = p.tokens * p.groups;
-  const int64_t turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks, turn = turn_time(p);
+  const int64_t turns = PrefillPlan::turns(p.tokens, a.k_blocks), turn = turn_time(p);
   if (p.split > 1) {
     // Clusters do not fill every processor: those of a GPC that do not make up a whole one stay idle.
     const int64_t usable = slots * (p.split < 4 ? 97 : 87) / 100 / p.split * p.split;
@@ -98,13 +99,12 @@ inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& d
 }
 
 inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& device) {
-  const int turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks;
   PrefillPlan best = {};
   int64_t least = 0;
-  for (int tokens = 16; tokens <= 128; tokens *= 2) {
+  for (int tokens = 16; tokens <= 256; tokens *= 2) {
     if (tokens > 16 && tokens >= 2 * a.m) break;
-    for (int groups = tokens < 128 ? 2 : 4; groups <= 4; groups += 2)
-      for (int split = 1; split <= std::min(8, turns); ++split) {  // every thread block of a cluster must have a part of K
+    for (int groups = tokens == 128 ? 4 : 2; groups <= (tokens == 256 ? 2 : 4); groups += 2)
+      for (int split = 1; split <= std::min(8, PrefillPlan::turns(tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
         PrefillPlan p = {tokens, groups, 0, split};
         p.stages = prefill_stages(p, bits, device);
         if (p.stages == 0 || split == 7) continue;  // clusters of 7 have not been tried

@@ -1,11 +1,11 @@
 // y = x W^T for more tokens than `decode` is good at, on sm_90a: wgmma with the weights as the operand held in registers.
 //
-// The transposed product again: a tile is 64 GROUPS rows of W times TOKENS tokens, 64 rows for each multiplying warp group. A
-// fetching warp a group streams packed weights (bulk copies) and x (TMA, 128-byte swizzle) through a ring of stages; each
-// multiplying thread turns its codes into A fragments, exactly (code - zero), rounds them once with the scale to the
-// activations' dtype, and issues wgmma. Fragments are held twice: while the tensor cores read one set, the next is made. A
-// stage is two blocks, 128 inputs. What this gives up over `decode`: a weight is rounded to 16 bits before it is multiplied,
-// as any dequantize-then-matmul would.
+// The transposed product again: a tile is 64 GROUPS rows of W times TOKENS tokens, 64 or 128 rows for each multiplying warp
+// group. A fetching warp a row group streams packed weights (bulk copies) and x (TMA, 128-byte swizzle) through a ring of stages;
+// each multiplying thread turns its codes into A fragments, exactly (code - zero), rounds them once with the scale to the
+// activations' dtype, and issues wgmma. Fragments are held twice: while the tensor cores read one set, the next is made. A stage
+// is two blocks, 128 inputs, or with 256 tokens one. What this gives up over `decode`: a weight is rounded to 16 bits before it
+// is multiplied, as any dequantize-then-matmul would.
 //
 //     split > 1    grid (split, tiles): the cluster spans x, each of its thread blocks takes a part of K, and the sums are
 //                  exchanged through distributed shared memory
@@ -27,15 +27,18 @@ constexpr int kFetchRegisters = 32;
 
 template <class T, int BITS, int TOKENS, int GROUPS>
 struct PrefillLayout {
-  static constexpr int tokens = TOKENS, groups = GROUPS, rows = GROUPS * kBlock, warps = 4 * GROUPS, threads = 128 * GROUPS + 128;
-  static constexpr int registers = GROUPS > 2 ? 112 : 104;           // of a multiplying thread, after they are dealt out anew
-  static constexpr int x_block = TOKENS * kBlock * 2, x_bytes = kTurnBlocks * x_block;
-  static constexpr int weight_block = 512 * BITS, weight_bytes = kTurnBlocks * weight_block;
-  static constexpr int scale_room = PrefillPlan::scale_room;
+  static constexpr int tokens = TOKENS, groups = GROUPS, rows = GROUPS * kBlock, residents = PrefillPlan::residents(TOKENS, GROUPS);
+  static constexpr int warp_groups = PrefillPlan::warp_groups(TOKENS, GROUPS), warps = 4 * warp_groups, threads = 32 * warps + 128;
+  static constexpr int height = GROUPS / warp_groups;                // row groups of a warp group
+  static constexpr int registers = warp_groups > 2 ? 112 : residents > 1 ? 104 : 232;  // of a multiplying thread, after they are dealt out anew
+  static constexpr int turn_blocks = PrefillPlan::turn_blocks(TOKENS), halves = 2 * turn_blocks;  // of a stage; half: 32 inputs
+  static constexpr int x_block = TOKENS * kBlock * 2, x_bytes = turn_blocks * x_block;
+  static constexpr int weight_block = 512 * BITS, weight_bytes = turn_blocks * weight_block;
+  static constexpr int scale_room = PrefillPlan::scale_room(TOKENS);
   static constexpr int scales = x_bytes + GROUPS * weight_bytes;     // in a stage
   static constexpr int stage = PrefillPlan::stage_bytes(TOKENS, GROUPS, BITS);
-  static constexpr int pieces = TOKENS / 8;                          // of a warp's sums: 16 rows x 8 tokens, a float4 a lane
-  static constexpr int box = PrefillPlan::box_bytes(TOKENS, GROUPS) / GROUPS;  // of a warp group
+  static constexpr int pieces = TOKENS / 8;                          // of 16 rows' sums: 8 tokens each, a float4 a lane
+  static constexpr int box = PrefillPlan::box_bytes(TOKENS, GROUPS) / GROUPS;  // of a row group
 
   // Offsets from the aligned base: barriers | ring | boxes, or sums of the cluster, which take the ring's place where they are large
   static constexpr bool gather_apart = PrefillPlan::gather_apart(TOKENS, GROUPS);
@@ -51,7 +54,7 @@ struct Piece {
 // What one thread block computes, in order. The shares of leftover tiles go backwards: what others wait for comes first.
 class Schedule {
  public:
-  __device__ explicit Schedule(const PrefillArgs& a) : turns((a.k_blocks + kTurnBlocks - 1) / kTurnBlocks) {
+  __device__ Schedule(const PrefillArgs& a, int turns) : turns(turns) {
     const int rank = blockIdx.x, block = blockIdx.y;
     if (a.split > 1) {
       whole = next_whole = 0;
@@ -83,6 +86,16 @@ class Schedule {
   int whole, next_whole, low, high;
 };
 
+// Where a tile lies. Tiles go through a band of tokens that the L2 cache can hold, row by row.
+struct Place {
+  int row_tile, token_tile;
+  __device__ Place(const PrefillArgs& a, int tile) {
+    const int row_tiles = a.tiles / a.token_tiles, first = tile / (a.band * row_tiles) * a.band;
+    const int inside = tile - first * row_tiles, width = min(a.band, a.token_tiles - first);
+    row_tile = inside / width, token_tile = first + inside % width;
+  }
+};
+
 // Exact code - zero, then one rounding with the scale. `zero` and `scale` hold a value twice.
 template <class T, int BITS>
 struct Dequantizer {
@@ -90,17 +103,27 @@ struct Dequantizer {
   using T2 = typename Float16<T>::Pair;
   uint32_t scale[2], zero[2];  // rows lane / 4 and lane / 4 + 8
 
-  __device__ explicit Dequantizer(const PrefillArgs& a) {
+  __device__ void begin(const PrefillArgs& a) {
     const float z = a.symmetric_zero + (C::split ? 0.f : C::offset);
     zero[0] = zero[1] = bits(Float16<T>::twice(z));
   }
-  // The group whose scales are at `group`. Symmetric weights have no zero points there, but readable memory.
-  __device__ void enter(const PrefillArgs& a, Shared group, int place) {
-    const uint32_t pair = read<uint32_t>(group + place * 4), zeros = read<uint16_t>(group + kScaleBytes + place * 2);
-    const bool convert = a.scale_is_bf16 != Float16<T>::is_bf16, symmetric = a.scale_stride == kScaleBytes;
-    const T2 low = Float16<T>::twice(scale_value(pair & 0xFFFF, a.scale_is_bf16)), high = Float16<T>::twice(scale_value(pair >> 16, a.scale_is_bf16));
-    scale[0] = convert ? bits(low) : __byte_perm(pair, 0, 0x1010), scale[1] = convert ? bits(high) : __byte_perm(pair, 0, 0x3232);
-    zero[0] = symmetric ? zero[0] : C::twice(zeros & 255), zero[1] = symmetric ? zero[1] : C::twice(zeros >> 8);
+  struct Stored {
+    uint32_t scales;
+    uint16_t zeros;
+  };
+  // A group's, at `group`. Symmetric weights have no zero points there, but readable memory.
+  __device__ static Stored load(Shared group, int place) { return {read<uint32_t>(group + place * 4), read<uint16_t>(group + kScaleBytes + place * 2)}; }
+  // Without branches; CONVERT: scales may be of the other dtype.
+  template <bool CONVERT>
+  __device__ void enter(const PrefillArgs& a, Stored s) {
+    scale[0] = __byte_perm(s.scales, 0, 0x1010), scale[1] = __byte_perm(s.scales, 0, 0x3232);
+    if constexpr (CONVERT) {
+      const bool other = a.scale_is_bf16 != Float16<T>::is_bf16;
+      const T2 low = Float16<T>::twice(scale_value(s.scales & 0xFFFF, a.scale_is_bf16)), high = Float16<T>::twice(scale_value(s.scales >> 16, a.scale_is_bf16));
+      scale[0] = other ? bits(low) : scale[0], scale[1] = other ? bits(high) : scale[1];
+    }
+    const bool symmetric = a.scale_stride == kScaleBytes;
+    zero[0] = symmetric ? zero[0] : C::twice(s.zeros & 255), zero[1] = symmetric ? zero[1] : C::twice(s.zeros >> 8);
   }
   __device__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[C::words], int j) const {
     uint32_t low[4], high[4];
@@ -126,20 +149,21 @@ __device__ void fetch(const PrefillArgs& a, const CUtensorMap* x_map, uint32_t b
   const bool weights = row < L::groups, inputs = row == L::groups % 4;
   const uint64_t policy = a.token_tiles > 1 ? keep_policy() : read_once_policy();
   if (inputs) dependency_wait();
-  Schedule work(a);
+  Schedule work(a, PrefillPlan::turns(L::tokens, a.k_blocks));
   Piece p;
   int slot = 0;
   uint32_t parity = 1;
   while (work.next(p)) {
-    const int row_group = p.tile / a.token_tiles * L::groups + row, first_token = p.tile % a.token_tiles * L::tokens;
+    const Place place(a, p.tile);
+    const int row_group = place.row_tile * L::groups + row, first_token = place.token_tile * L::tokens;
     const bool present = weights && row_group < a.row_groups;
     const uint8_t* weight = a.weight + int64_t(row_group) * a.k_blocks * L::weight_block;
     const uint8_t* scales = a.scales + int64_t(row_group) * a.groups * a.scale_stride;
 #pragma unroll 1
     for (int turn = p.begin; turn < p.end; ++turn) {
       const uint32_t full = base + full_barrier(slot), stage = base + 1024 + slot * L::stage;
-      const int bytes = min(kTurnBlocks, a.k_blocks - kTurnBlocks * turn) * L::weight_block;  // of the last: maybe one block
-      const int first = group_of(a, 4 * turn), last = min(group_of(a, 4 * turn + 3), a.groups - 1);
+      const int bytes = min(L::turn_blocks, a.k_blocks - L::turn_blocks * turn) * L::weight_block;  // of the last: maybe one block
+      const int first = group_of(a, L::halves * turn), last = min(group_of(a, L::halves * turn + L::halves - 1), a.groups - 1);
       const int scale_bytes = (last - first + 1) * a.scale_stride;
       barrier_wait(base + empty_barrier(slot), parity);
       barrier_expect(full, (present ? bytes + scale_bytes : 0) + (inputs ? L::x_bytes : 0));
@@ -149,7 +173,7 @@ __device__ void fetch(const PrefillArgs& a, const CUtensorMap* x_map, uint32_t b
       }
       if (inputs)  // zeros beyond k: a missing block of weights counts for nothing
 #pragma unroll
-        for (int b = 0; b < kTurnBlocks; ++b) tensor_copy(stage + b * L::x_block, x_map, (kTurnBlocks * turn + b) * kBlock, first_token, full);
+        for (int b = 0; b < L::turn_blocks; ++b) tensor_copy(stage + b * L::x_block, x_map, (L::turn_blocks * turn + b) * kBlock, first_token, full);
       if (++slot == a.stages) slot = 0, parity ^= 1;
     }
   }
@@ -176,94 +200,134 @@ __device__ void write_piece(const PrefillArgs& a, int row, int token, float4 v, 
   }
 }
 
-// Piece `u % warps` of the rows and `u / warps` of the tokens belongs to thread block u % split of the cluster, which is sent
-// all parts of it and adds them up.
+template <class L>
+__device__ float4 piece(const float (&sums)[L::tokens / 2], int j) {
+  return make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+}
+
+// 16 rows of a tile, `part`, times 8 tokens, `j`, are piece u = j parts + part. It belongs to thread block u % split of the
+// cluster, which is sent all parts of it and adds them up.
 template <class T, class L>
-__device__ void exchange(const PrefillArgs& a, const float4 (&sums)[L::pieces], int row, int token, int pieces, uint32_t base, int warp, int lane) {
+__device__ void exchange(const PrefillArgs& a, const float (&sums)[L::height][L::tokens / 2], int row, int token, int pieces, uint32_t base, int warp, int lane) {
+  constexpr int parts = 4 * L::groups;
   const int rank = blockIdx.x;
   const uint32_t gather = base + L::gather(a.stages), barrier = base + gather_barrier(0);
   if (!L::gather_apart) cluster_arrive();  // this ring has been read; for a place beside it the arrival was at the start
   cluster_wait();
 #pragma unroll
-  for (int j = 0; j < L::pieces; ++j) {
-    const int u = j * L::warps + warp;
-    if (j < pieces) store_remote(gather + ((u / a.split * a.split + rank) * 32 + lane) * 16, barrier, u % a.split, sums[j]);
-  }
-  const int owned = (pieces * L::warps - rank + a.split - 1) / a.split;
+  for (int h = 0; h < L::height; ++h)
+#pragma unroll
+    for (int j = 0; j < L::pieces; ++j) {
+      const int u = j * parts + 4 * (warp / 4 * L::height + h) + warp % 4;
+      if (j < pieces) store_remote(gather + ((u / a.split * a.split + rank) * 32 + lane) * 16, barrier, u % a.split, piece<L>(sums[h], j));
+    }
+  const int owned = (pieces * parts - rank + a.split - 1) / a.split;
   if (threadIdx.x == 0) barrier_expect(barrier, owned * a.split * 512);
   barrier_wait_cluster(barrier, 0);
   for (int i = warp; i < owned; i += L::warps) {
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     for (int r = 0; r < a.split; ++r) sum = sum + read<float4>(Shared{gather + ((i * a.split + r) * 32 + lane) * 16});
     const int u = i * a.split + rank;
-    write_piece<T>(a, row + u % L::warps * 16, token + u / L::warps * 8, sum, lane);
+    write_piece<T>(a, row + u % parts * 16, token + u / parts * 8, sum, lane);
   }
 }
 
 // Barrier of one multiplying warp group.
-__device__ __forceinline__ void join(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
+__device__ __forceinline__ void join(int warp) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); }
 
-// A warp group's rows of a tile, by way of its box: the copies to memory run while the next tile is computed. Needs n % 8 == 0.
+// A row group's part of a tile, by way of its box: the copies to memory run while the next tile is computed. Needs n % 8 == 0.
 template <class T, class L>
-__device__ void send(const PrefillArgs& a, const float4 (&sums)[L::pieces], int first_row, int token, uint32_t base, int group, int warp, int lane) {
-  const Shared box{base + 1024 + a.stages * L::stage + group * L::box};
-  bulk_wait_read();  // of the tile before
-  join(group);
+__device__ void send(const PrefillArgs& a, const float (&sums)[L::tokens / 2], int row, int token, Shared box, int warp, int lane) {
 #pragma unroll
   for (int j = 0; j < L::pieces; ++j) {
     const Shared to = box + ((8 * j + lane / 4) * PrefillPlan::box_stride + (16 * (warp % 4) + 2 * (lane % 4)) * 2);
-    write(to, transpose(Float16<T>::pack(sums[j].x, sums[j].y)));
-    write(to + 16, transpose(Float16<T>::pack(sums[j].z, sums[j].w)));
+    const float4 v = piece<L>(sums, j);
+    write(to, transpose(Float16<T>::pack(v.x, v.y)));
+    write(to + 16, transpose(Float16<T>::pack(v.z, v.w)));
   }
   copy_fence();
-  join(group);
-  const int own = threadIdx.x % 128, row = first_row + kBlock * group, rows = min(kBlock, a.n - row);  // a token a thread
-  if (rows > 0 && token + own < a.m)
-    bulk_store(static_cast<T*>(a.y) + static_cast<int64_t>(token + own) * a.n + row, box.address + own * PrefillPlan::box_stride, rows * 2);
-  bulk_commit();
+  join(warp);
+  const int rows = min(kBlock, a.n - row);
+#pragma unroll
+  for (int own = threadIdx.x % 128; own < L::tokens; own += 128)  // a token a thread
+    if (rows > 0 && token + own < a.m)
+      bulk_store(static_cast<T*>(a.y) + static_cast<int64_t>(token + own) * a.n + row, box.address + own * PrefillPlan::box_stride, rows * 2);
 }
 
 // A thread block that does not finish a tile leaves its sums in memory; each warp group by itself.
 template <class L>
-__device__ void leave(const PrefillArgs& a, const float4 (&sums)[L::pieces], int pieces, int group) {
-  const int place = blockIdx.y * (L::warps / 4) + group;
-  float4* to = static_cast<float4*>(a.partial) + static_cast<int64_t>(place) * L::pieces * 128 + threadIdx.x % 128;
+__device__ void leave(const PrefillArgs& a, const float (&sums)[L::height][L::tokens / 2], int pieces, int warp) {
+  const int place = blockIdx.y * L::warp_groups + warp / 4;
+  float4* to = static_cast<float4*>(a.partial) + static_cast<int64_t>(place) * L::height * L::pieces * 128 + threadIdx.x % 128;
 #pragma unroll
-  for (int j = 0; j < L::pieces; ++j)
-    if (j < pieces) to[j * 128] = sums[j];
+  for (int h = 0; h < L::height; ++h)
+#pragma unroll
+    for (int j = 0; j < L::pieces; ++j)
+      if (j < pieces) to[(h * L::pieces + j) * 128] = piece<L>(sums[h], j);
   __threadfence();
-  join(group);
+  join(warp);
   if (threadIdx.x % 128 == 0) store_release(a.ready + place, a.launch);
 }
 
 // The one that does finish it adds them, from the nearest thread block to the farthest. It waits only for thread blocks with
 // smaller indices, which started no later. A mark is wiped once read: a graph's next replay has the same `launch`.
 template <class L>
-__device__ void collect(const PrefillArgs& a, const Schedule& work, float4 (&sums)[L::pieces], int first_turn, int pieces, int group) {
+__device__ void collect(const PrefillArgs& a, const Schedule& work, float (&sums)[L::height][L::tokens / 2], int first_turn, int pieces, int warp) {
   for (int block = blockIdx.y - 1;; --block) {
-    const int place = block * (L::warps / 4) + group;
+    const int place = block * L::warp_groups + warp / 4;
     if (threadIdx.x % 128 == 0) {
       while (load_acquire(a.ready + place) != a.launch) {
       }
       a.ready[place] = 0;
     }
-    join(group);
-    const float4* from = static_cast<const float4*>(a.partial) + static_cast<int64_t>(place) * L::pieces * 128 + threadIdx.x % 128;
+    join(warp);
+    const float4* from = static_cast<const float4*>(a.partial) + static_cast<int64_t>(place) * L::height * L::pieces * 128 + threadIdx.x % 128;
 #pragma unroll
-    for (int j = 0; j < L::pieces; ++j)
-      if (j < pieces) sums[j] = sums[j] + __ldcg(from + j * 128);
+    for (int h = 0; h < L::height; ++h)
+#pragma unroll
+      for (int j = 0; j < L::pieces; ++j)
+        if (j < pieces) {
+          const float4 v = __ldcg(from + (h * L::pieces + j) * 128);
+          sums[h][4 * j] += v.x, sums[h][4 * j + 1] += v.y, sums[h][4 * j + 2] += v.z, sums[h][4 * j + 3] += v.w;
+        }
     if (work.share(a, block) <= first_turn) break;
+  }
+}
+
+// What becomes of a tile's sums, or of a part of K of them.
+template <class T, class L>
+__device__ void finish(const PrefillArgs& a, const Schedule& work, const Piece& p, float (&sums)[L::height][L::tokens / 2], uint32_t base, int warp, int lane) {
+  const Place place(a, p.tile);
+  const int row = place.row_tile * L::rows, token = place.token_tile * L::tokens, group = warp / 4 * L::height;
+  const int present = min(L::pieces, (a.m - token + 7) / 8);
+  if (a.split > 1) return exchange<T, L>(a, sums, row, token, present, base, warp, lane);
+  if (p.end < work.turns) return leave<L>(a, sums, present, warp);
+  if (p.begin > 0) collect<L>(a, work, sums, p.tile * work.turns, present, warp);
+  if (L::box > 0 && a.n % 8 == 0) {
+    bulk_wait_read();  // of the tile before
+    join(warp);
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+      send<T, L>(a, sums[h], row + kBlock * (group + h), token, Shared{base + 1024 + a.stages * L::stage + (group + h) * L::box}, warp, lane);
+    bulk_commit();
+  } else {
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+#pragma unroll
+      for (int j = 0; j < L::pieces; ++j)
+        if (j < present) write_piece<T>(a, row + kBlock * (group + h) + 16 * (warp % 4), token + 8 * j, piece<L>(sums[h], j), lane);
   }
 }
 #endif
 
-// UNITS: 4 if the 128 inputs of a turn lie in one group, 1 if every 32 inputs' scales must be looked up. No branches on that:
-// the compiler gives up overlapping wgmma with what a branch may define.
-template <class T, int BITS, int TOKENS, int GROUPS, int UNITS>
-__global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS > 2 ? 1 : 2)
+// ONE_GROUP: the inputs of a turn lie in one group, whose scales have the activations' dtype; otherwise every 32 inputs' scales
+// are looked up and converted. No branches on that: the compiler gives up overlapping wgmma with what a branch may define.
+template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
+__global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS>::residents)
     prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map) {
 #if HOPPER_WGMMA
   using C = Codes<T, BITS>;
+  using D = Dequantizer<T, BITS>;
   using L = PrefillLayout<T, BITS, TOKENS, GROUPS>;
   extern __shared__ uint8_t unaligned[];
   // Through shuffles, or the compiler computes both anew wherever they are used.
@@ -291,46 +355,70 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS > 2 ? 1 : 2)
     registers_claim<L::registers>();
     dependency_wait();
     constexpr int step = TOKENS < 128 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
-    const int group = warp / 4, tile = warp % 4, scale_place = lane / 4 * 4 + tile;
+    constexpr int each = BITS == 8 ? 1 : 2;     // half blocks of codes loaded at a time
+    const int tile = warp % 4, scale_place = lane / 4 * 4 + tile, group = warp / 4 * L::height;
     int slot = 0, previous = -1;
     uint32_t parity = 0;
-    Dequantizer<T, BITS> dequantizer(a);
-    float sums[TOKENS / 2];
-    uint32_t fragments[2][2 * step][4];
-    Schedule work(a);
+    D dequantizers[L::height];
+    typename D::Stored stored[L::height];
+    uint32_t words[2][L::height][C::words];
+    float sums[L::height][TOKENS / 2];
+    uint32_t fragments[2][L::height][2 * step][4];
+#pragma unroll
+    for (int h = 0; h < L::height; ++h) dequantizers[h].begin(a);
+
+    const auto load = [&](uint32_t (&to)[L::height][C::words], uint32_t stage, int half) {
+#pragma unroll
+      for (int h = 0; h < L::height; ++h)
+        C::load(to[h], Shared{stage + L::x_bytes + (group + h) * L::weight_bytes + half / 2 * L::weight_block}, tile, half % 2, lane);
+    };
+    const auto load_scales = [&](uint32_t stage, int number) {
+#pragma unroll
+      for (int h = 0; h < L::height; ++h) stored[h] = D::load(Shared{stage + L::scales + (group + h) * L::scale_room + number * a.scale_stride}, scale_place);
+    };
+    Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
     Piece p;
     while (work.next(p)) {
 #pragma unroll
-      for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0.f;
+      for (int h = 0; h < L::height; ++h)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sums[h][i] = 0.f;
       for (int turn = p.begin; turn < p.end; ++turn) {
         const uint32_t stage = base + 1024 + slot * L::stage;
-        const Shared weight{stage + L::x_bytes + group * L::weight_bytes}, scales{stage + L::scales + group * L::scale_room};
         barrier_wait(base + full_barrier(slot), parity);
-        uint32_t words[2][C::words];
-        C::load(words[0], weight, tile, 0, lane);
-        if (BITS != 8 && step == 2) C::load(words[1], weight + L::weight_block, tile, 0, lane);
-        if (UNITS == 4) dequantizer.enter(a, scales, scale_place);
-        const int first_group = UNITS == 4 ? 0 : group_of(a, 4 * turn);
+        load(words[0], stage, 0);
+        if (ONE_GROUP) {
+          load_scales(stage, 0);
 #pragma unroll
-        for (int half = 0; half < 2 * kTurnBlocks; ++half) {
-          const int set = half / step % 2;
+          for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<false>(a, stored[h]);
+        }
+        [[maybe_unused]] const int first_group = ONE_GROUP ? 0 : group_of(a, L::halves * turn);
+#pragma unroll
+        for (int half = 0; half < L::halves; ++half) {
+          const int set = half / step % 2, now = half / each % 2;
+          if (half % each == 0 && half + each < L::halves) load(words[1 - now], stage, half + each);
+          if (!ONE_GROUP) {
+            load_scales(stage, min(group_of(a, L::halves * turn + half), a.groups - 1) - first_group);
+#pragma unroll
+            for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<true>(a, stored[h]);
+          }
           if (half % step == 0) wgmma_wait<1>();  // this set of fragments has been read
           if (half == step) {                     // and the stage before this one
             if (previous >= 0 && lane == 0) barrier_arrive(base + empty_barrier(previous));
             previous = slot;
           }
-          if (BITS == 8 ? half > 0 : step == 1 && half == 1)
-            C::load(words[BITS == 8 ? 0 : 1], weight + (BITS == 8 ? half / 2 : 1) * L::weight_block, tile, half % 2, lane);
-          if (UNITS == 1) dequantizer.enter(a, scales + (min(group_of(a, 4 * turn + half), a.groups - 1) - first_group) * a.scale_stride, scale_place);
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            dequantizer.fragment(fragments[set][2 * (half % step) + j], words[BITS == 8 ? 0 : half / 2], 2 * (half % 2) + j);
+          for (int h = 0; h < L::height; ++h)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) dequantizers[h].fragment(fragments[set][h][2 * (half % step) + j], words[now][h], 2 * (half % 2) + j);
           if (half % step == step - 1) {
             wgmma_begin();
 #pragma unroll
             for (int j = 0; j < 2 * step; ++j) {
               const int k_step = 2 * (half + 1 - step) + j;
-              Wgmma<T, TOKENS>::run(sums, fragments[set][j], swizzled_operand(stage, k_step / 4 * L::x_block + k_step % 4 * 32));
+#pragma unroll
+              for (int h = 0; h < L::height; ++h)
+                Wgmma<T, TOKENS>::run(sums[h], fragments[set][h][j], swizzled_operand(stage, k_step / 4 * L::x_block + k_step % 4 * 32));
             }
             wgmma_commit();
           }
@@ -340,26 +428,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS > 2 ? 1 : 2)
       wgmma_wait<0>();
       if (lane == 0) barrier_arrive(base + empty_barrier(previous));
       previous = -1;
-
-      float4 pieces[L::pieces];
-#pragma unroll
-      for (int j = 0; j < L::pieces; ++j) pieces[j] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
-      const int row = p.tile / a.token_tiles * L::rows, token = p.tile % a.token_tiles * TOKENS;
-      const int present = min(L::pieces, (a.m - token + 7) / 8);
-      if (a.split > 1) {
-        exchange<T, L>(a, pieces, row, token, present, base, warp, lane);
-      } else if (p.end < work.turns) {
-        leave<L>(a, pieces, present, group);
-      } else {
-        if (p.begin > 0) collect<L>(a, work, pieces, p.tile * work.turns, present, group);
-        if (L::box > 0 && a.n % 8 == 0) {
-          send<T, L>(a, pieces, row, token, base, group, warp, lane);
-        } else {
-#pragma unroll
-          for (int j = 0; j < L::pieces; ++j)
-            if (j < present) write_piece<T>(a, row + 16 * warp, token + 8 * j, pieces[j], lane);
-        }
-      }
+      finish<T, L>(a, work, p, sums, base, warp, lane);
     }
     if (L::box > 0) bulk_wait();
   }

@@ -1,15 +1,16 @@
 // What a prefill launch is told.
 #pragma once
 
+#include <algorithm>
+
 #include "decode_args.h"
 
 namespace woq {
 
-constexpr int kTurnBlocks = 2;  // blocks of a row group in a stage
-
 // `stages` and `split` of the plan are in DecodeArgs; k_warps and row_warps mean nothing here.
 struct PrefillArgs : DecodeArgs {
   int token_tiles, tiles;  // tiles along the tokens; all
+  int band;                // tiles along the tokens that are gone through before the next rows
   int whole;               // tiles that one thread block computes alone; the rest is shared out by turns (split == 1)
   void* partial;           // sums that thread blocks leave for others
   uint64_t* ready;         // a mark for each of them: `launch` once it is there
@@ -20,18 +21,25 @@ struct PrefillArgs : DecodeArgs {
 struct PrefillPlan {
   int tokens, groups, stages, split;  // split: at most the turns of K
 
-  static constexpr int scale_room = 2 * kTurnBlocks * 192;  // of a row group in a stage: four groups with zero points
+  // Blocks of a row group in a stage. Of the widest tile, one: x alone takes 32 KB of it.
+  static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return tokens > 128 ? 1 : 2; }
+  static constexpr WOQ_HOST_DEVICE int turns(int tokens, int k_blocks) { return (k_blocks + turn_blocks(tokens) - 1) / turn_blocks(tokens); }
+  // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: x is read from shared memory half as often.
+  static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 ? 2 : groups; }
+  // Of a row group in a stage: a group of inputs every 32, with zero points.
+  static constexpr WOQ_HOST_DEVICE int scale_room(int tokens) { return 2 * turn_blocks(tokens) * 192; }
   static constexpr WOQ_HOST_DEVICE int stage_bytes(int tokens, int groups, int bits) {
-    return (kTurnBlocks * (tokens * kBlock * 2 + groups * 512 * bits) + groups * scale_room + 1023) / 1024 * 1024;
+    return (turn_blocks(tokens) * (tokens * kBlock * 2 + groups * 512 * bits) + groups * scale_room(tokens) + 1023) / 1024 * 1024;
   }
   // Whether the cluster's sums have room beside the ring.
   static constexpr WOQ_HOST_DEVICE bool gather_apart(int tokens, int groups) { return tokens * groups * kBlock * 4 <= 32768; }
 
   // Results of large tiles leave by way of shared memory, one copy a token and row group, while the next tile is computed.
   static constexpr int box_stride = 144;  // bytes of a token: 64 rows and what keeps eight tokens in different banks
-  static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens == 128 ? groups * tokens * box_stride : 0; }
+  static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens >= 128 ? groups * tokens * box_stride : 0; }
 
-  int residents() const { return groups > 2 ? 1 : 2; }  // thread blocks a processor
+  static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens >= 128 ? 1 : 2; }  // thread blocks a processor
+  int residents() const { return residents(tokens, groups); }
   int shared_bytes(int bits) const {
     const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
     if (split == 1) return 1024 + ring + box_bytes(tokens, groups);
@@ -40,12 +48,15 @@ struct PrefillPlan {
   }
 };
 
+constexpr int64_t kBandBytes = 16 << 20;  // of x: what the L2 cache holds beside what streams through it
+
 // How a launch of `plan` divides `a`; returns the thread blocks, times plan.split for the grid.
 inline int divide(const PrefillPlan& plan, int processors, PrefillArgs& a) {
-  const int turns = (a.k_blocks + kTurnBlocks - 1) / kTurnBlocks;
+  const int turns = PrefillPlan::turns(plan.tokens, a.k_blocks);
   a.stages = plan.stages, a.split = plan.split;
   a.token_tiles = (a.m + plan.tokens - 1) / plan.tokens;
   a.tiles = (a.row_groups + plan.groups - 1) / plan.groups * a.token_tiles;
+  a.band = std::max(1, std::min(a.token_tiles, int(kBandBytes / (int64_t(plan.tokens) * a.k * 2))));
   a.whole = a.tiles;
   if (plan.split > 1) return a.tiles;
   const int64_t most = int64_t(a.tiles) * turns;

@@ -27,9 +27,9 @@ inline cudaError_t describe_x(CUtensorMap* map, const PrefillArgs& a, bool is_bf
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class T, int BITS, int TOKENS, int GROUPS, int UNITS>
+template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
 cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
-  const auto kernel = prefill_kernel<T, BITS, TOKENS, GROUPS, UNITS>;
+  const auto kernel = prefill_kernel<T, BITS, TOKENS, GROUPS, ONE_GROUP>;
   static std::atomic<uint64_t> raised{0};  // one bit a device: its shared-memory limit has been raised for this kernel
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -65,8 +65,9 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
 
 template <class T, int BITS, int TOKENS, int GROUPS>
 cudaError_t launch_tile(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
-  return a.group_units % 4 == 0 ? launch_kernel<T, BITS, TOKENS, GROUPS, 4>(a, is_bf16, bytes, blocks, early_start, stream)
-                                : launch_kernel<T, BITS, TOKENS, GROUPS, 1>(a, is_bf16, bytes, blocks, early_start, stream);
+  const bool one_group = a.group_units % PrefillLayout<T, BITS, TOKENS, GROUPS>::halves == 0 && a.scale_is_bf16 == is_bf16;
+  return one_group ? launch_kernel<T, BITS, TOKENS, GROUPS, true>(a, is_bf16, bytes, blocks, early_start, stream)
+                   : launch_kernel<T, BITS, TOKENS, GROUPS, false>(a, is_bf16, bytes, blocks, early_start, stream);
 }
 
 template <class T, int BITS>
@@ -80,6 +81,7 @@ cudaError_t launch_plan(const PrefillArgs& a, bool is_bf16, const PrefillPlan& p
     case 8 * 64 + 2: return launch_tile<T, BITS, 64, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 64 + 4: return launch_tile<T, BITS, 64, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 128 + 4: return launch_tile<T, BITS, 128, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 256 + 2: return launch_tile<T, BITS, 256, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     default: return cudaErrorInvalidConfiguration;
   }
 }

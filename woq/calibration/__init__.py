@@ -73,7 +73,7 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     `padding` each text is a sample of its own, cut to `seq_len`, padded on the right and masked. Rows of token ids
     are used in the order given: as they are where all have one length (a single long row is cut into windows), else
     packed or padded like texts. `seq_len` is capped to what the model has positions for.
-    `own_samples` more are written by `model`: each goes on with some tokens of the data (`openings_of`).
+    `own_samples` more are written by `model`: every other one goes on with some tokens of the data (`openings_of`).
     `tokenizer` may be a folder's or a hub model's name. `progress(done, total)` counts tokens while the
     model writes text.
 
@@ -98,11 +98,34 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     pad = _pad_id(pad_token_id, tokenizer)
     batches = to_batches(samples, batch_size, pad, label)
     if own_samples:
-        openings = openings_of(samples, own_samples, seq_len, seed)
-        written = _written(own_samples, seq_len, seed, model, tokenizer, progress, openings)
-        batches += to_batches(written, batch_size, pad, "the model going on with them")
+        written = _own_text(samples, own_samples, seq_len, seed, model, tokenizer, progress)
+        batches += to_batches(written, batch_size, pad, "the model itself")
     _report(batches, num_samples + own_samples, seq_len, model)
     return batches
+
+
+def _own_text(
+    data: Sequence[Sample],
+    count: int,
+    seq_len: int,
+    seed: int,
+    model: nn.Module | None,
+    tokenizer: Any,
+    progress: Progress | None,
+) -> list[Sample]:
+    """In turn, samples that go on with some tokens of `data`, to stay with what the user cares for, and samples that begin
+    as the model's texts do, whose beginnings the data may lack."""
+    going_on = count // 2
+
+    def after(done: int) -> Progress | None:
+        return None if progress is None else lambda more, _: progress(done * seq_len + more, count * seq_len)
+
+    samples: list[Sample] = []
+    if going_on:
+        openings = openings_of(data, going_on, seq_len, seed)
+        samples = _written(going_on, seq_len, seed, model, tokenizer, after(0), openings)
+    begun = _written(count - going_on, seq_len, seed + 1, model, tokenizer, after(going_on))
+    return [sample for pair in itertools.zip_longest(samples, begun) for sample in pair if sample is not None]
 
 
 def _written(

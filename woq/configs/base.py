@@ -279,8 +279,8 @@ class CalibratedConfig(QuantConfig):
     seq_len: Count = 2048
     """Tokens in a sample."""
     own_samples: int = Field(0, ge=0, strict=True)
-    """Samples beside them that the model writes itself, each going on with some tokens of the data: against learning a
-    small calibration set by heart."""
+    """Samples beside them that the model writes itself, every other one going on with some tokens of the data: against
+    learning a small calibration set by heart."""
     batch_size: Count = 8
     """Samples run at once."""
     seed: int = Field(42, strict=True)
