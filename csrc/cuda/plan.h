@@ -92,7 +92,7 @@ inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& d
     const bool alone = p.residents() > 1 && blocks * p.split <= device.processors;  // a lone thread block is faster
     return 760 + waves * ((alone ? share * 5 / 6 : share) + 2150 + area * 63 / 5);
   }
-  const int64_t rest = a.tiles - a.whole, share = a.whole / blocks * turns + (rest * turns + blocks - 1) / blocks;
+  const int64_t rest = a.tiles - a.whole, share = (a.whole + blocks - 1) / blocks * turns + (rest * turns + blocks - 1) / blocks;
   const int64_t exchange = rest > 0 ? 4070 + 4 * area * ((blocks + rest - 1) / rest) : 0;
   const int64_t leave = PrefillPlan::box_bytes(p.tokens, p.groups) > 0 ? 1500 : 3570 + 2 * area;  // what a tile's results cost
   return 760 + share * turn + leave * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
@@ -104,7 +104,7 @@ inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& 
   for (int tokens = 16; tokens <= 256; tokens *= 2) {
     if (tokens > 16 && tokens >= 2 * a.m) break;
     for (int groups = tokens == 128 ? 4 : 2; groups <= (tokens == 256 ? 2 : 4); groups += 2)
-      for (int split = 1; split <= std::min(8, PrefillPlan::turns(tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
+      for (int split = 0; split <= std::min(8, PrefillPlan::turns(tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
         PrefillPlan p = {tokens, groups, 0, split};
         p.stages = prefill_stages(p, bits, device);
         if (p.stages == 0 || split == 7) continue;  // clusters of 7 have not been tried

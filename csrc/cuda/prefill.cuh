@@ -235,23 +235,33 @@ __device__ void exchange(const PrefillArgs& a, const float (&sums)[L::height][L:
 // Barrier of one multiplying warp group.
 __device__ __forceinline__ void join(int warp) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); }
 
-// A row group's part of a tile, by way of its box: the copies to memory run while the next tile is computed. Needs n % 8 == 0.
+// A row group's part of a tile, by way of its box [128 tokens][64 rows], swizzled as TMA wants it: the copies to memory run while
+// the next tile is computed. Needs n % 8 == 0.
 template <class T, class L>
-__device__ void send(const PrefillArgs& a, const float (&sums)[L::tokens / 2], int row, int token, Shared box, int warp, int lane) {
+__device__ void send(const PrefillArgs& a, const CUtensorMap* y_map, const float (&sums)[L::height][L::tokens / 2], int row, int token, uint32_t base, int warp, int lane) {
+  constexpr int pieces = PrefillPlan::box_tokens / 8, bytes = PrefillPlan::box_tokens * kBlock * 2;
+  const uint32_t boxes = base + 1024 + a.stages * L::stage + warp / 4 * L::height * bytes;
+  const int own = (lane / 4) * 128 + 4 * (lane % 4), chunk = 2 * (warp % 4);
 #pragma unroll
-  for (int j = 0; j < L::pieces; ++j) {
-    const Shared to = box + ((8 * j + lane / 4) * PrefillPlan::box_stride + (16 * (warp % 4) + 2 * (lane % 4)) * 2);
-    const float4 v = piece<L>(sums, j);
-    write(to, transpose(Float16<T>::pack(v.x, v.y)));
-    write(to + 16, transpose(Float16<T>::pack(v.z, v.w)));
+  for (int first = 0; first < L::pieces; first += pieces) {
+    if (threadIdx.x % 128 == 0) bulk_wait_read();  // of what was in the boxes before
+    join(warp);
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+#pragma unroll
+      for (int j = 0; j < pieces; ++j) {
+        const Shared to{boxes + h * bytes + j * 1024 + own};
+        const float4 v = piece<L>(sums[h], first + j);
+        write(to + (chunk ^ (lane / 4)) * 16, transpose(Float16<T>::pack(v.x, v.y)));
+        write(to + ((chunk + 1) ^ (lane / 4)) * 16, transpose(Float16<T>::pack(v.z, v.w)));
+      }
+    copy_fence();
+    join(warp);
+    if (threadIdx.x % 128 == 0) {
+      for (int h = 0; h < L::height; ++h) tensor_store(y_map, row + h * kBlock, token + 8 * first, boxes + h * bytes);
+      bulk_commit();
+    }
   }
-  copy_fence();
-  join(warp);
-  const int rows = min(kBlock, a.n - row);
-#pragma unroll
-  for (int own = threadIdx.x % 128; own < L::tokens; own += 128)  // a token a thread
-    if (rows > 0 && token + own < a.m)
-      bulk_store(static_cast<T*>(a.y) + static_cast<int64_t>(token + own) * a.n + row, box.address + own * PrefillPlan::box_stride, rows * 2);
 }
 
 // A thread block that does not finish a tile leaves its sums in memory; each warp group by itself.
@@ -296,7 +306,7 @@ __device__ void collect(const PrefillArgs& a, const Schedule& work, float (&sums
 
 // What becomes of a tile's sums, or of a part of K of them.
 template <class T, class L>
-__device__ void finish(const PrefillArgs& a, const Schedule& work, const Piece& p, float (&sums)[L::height][L::tokens / 2], uint32_t base, int warp, int lane) {
+__device__ void finish(const PrefillArgs& a, const CUtensorMap* y_map, const Schedule& work, const Piece& p, float (&sums)[L::height][L::tokens / 2], uint32_t base, int warp, int lane) {
   const Place place(a, p.tile);
   const int row = place.row_tile * L::rows, token = place.token_tile * L::tokens, group = warp / 4 * L::height;
   const int present = min(L::pieces, (a.m - token + 7) / 8);
@@ -304,12 +314,7 @@ __device__ void finish(const PrefillArgs& a, const Schedule& work, const Piece& 
   if (p.end < work.turns) return leave<L>(a, sums, present, warp);
   if (p.begin > 0) collect<L>(a, work, sums, p.tile * work.turns, present, warp);
   if (L::box > 0 && a.n % 8 == 0) {
-    bulk_wait_read();  // of the tile before
-    join(warp);
-#pragma unroll
-    for (int h = 0; h < L::height; ++h)
-      send<T, L>(a, sums[h], row + kBlock * (group + h), token, Shared{base + 1024 + a.stages * L::stage + (group + h) * L::box}, warp, lane);
-    bulk_commit();
+    send<T, L>(a, y_map, sums, row + kBlock * group, token, base, warp, lane);
   } else {
 #pragma unroll
     for (int h = 0; h < L::height; ++h)
@@ -324,7 +329,7 @@ __device__ void finish(const PrefillArgs& a, const Schedule& work, const Piece& 
 // are looked up and converted. No branches on that: the compiler gives up overlapping wgmma with what a branch may define.
 template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
 __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS>::residents)
-    prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map) {
+    prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map) {
 #if HOPPER_WGMMA
   using C = Codes<T, BITS>;
   using D = Dequantizer<T, BITS>;
@@ -428,7 +433,7 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
       wgmma_wait<0>();
       if (lane == 0) barrier_arrive(base + empty_barrier(previous));
       previous = -1;
-      finish<T, L>(a, work, p, sums, base, warp, lane);
+      finish<T, L>(a, &y_map, work, p, sums, base, warp, lane);
     }
     if (L::box > 0) bulk_wait();
   }

@@ -19,7 +19,8 @@ struct PrefillArgs : DecodeArgs {
 
 // Tiles are 64 `groups` rows x `tokens` tokens; see prefill.cuh.
 struct PrefillPlan {
-  int tokens, groups, stages, split;  // split: at most the turns of K
+  int tokens, groups, stages;
+  int split;  // thread blocks of a cluster, which divide K: at most its turns; 1: none; 0: none, and no tile is shared out
 
   // Blocks of a row group in a stage. Of the widest tile, one: x alone takes 32 KB of it.
   static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return tokens > 128 ? 1 : 2; }
@@ -34,15 +35,15 @@ struct PrefillPlan {
   // Whether the cluster's sums have room beside the ring.
   static constexpr WOQ_HOST_DEVICE bool gather_apart(int tokens, int groups) { return tokens * groups * kBlock * 4 <= 32768; }
 
-  // Results of large tiles leave by way of shared memory, one copy a token and row group, while the next tile is computed.
-  static constexpr int box_stride = 144;  // bytes of a token: 64 rows and what keeps eight tokens in different banks
-  static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens >= 128 ? groups * tokens * box_stride : 0; }
+  // Results of large tiles leave by way of shared memory, 128 tokens of a row group at a time, while the next tile is computed.
+  static constexpr int box_tokens = 128;
+  static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens >= box_tokens ? groups * box_tokens * kBlock * 2 : 0; }
 
   static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens >= 128 ? 1 : 2; }  // thread blocks a processor
   int residents() const { return residents(tokens, groups); }
   int shared_bytes(int bits) const {
     const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
-    if (split == 1) return 1024 + ring + box_bytes(tokens, groups);
+    if (split <= 1) return 1024 + ring + box_bytes(tokens, groups);
     const int sums = (parts + split - 1) / split * split * 512;
     return 1024 + (gather_apart(tokens, groups) ? ring + sums : ring > 1024 + sums ? ring : 1024 + sums);  // 1024 align the base
   }
@@ -53,14 +54,15 @@ constexpr int64_t kBandBytes = 16 << 20;  // of x: what the L2 cache holds besid
 // How a launch of `plan` divides `a`; returns the thread blocks, times plan.split for the grid.
 inline int divide(const PrefillPlan& plan, int processors, PrefillArgs& a) {
   const int turns = PrefillPlan::turns(plan.tokens, a.k_blocks);
-  a.stages = plan.stages, a.split = plan.split;
+  a.stages = plan.stages, a.split = std::max(1, plan.split);
   a.token_tiles = (a.m + plan.tokens - 1) / plan.tokens;
   a.tiles = (a.row_groups + plan.groups - 1) / plan.groups * a.token_tiles;
   a.band = std::max(1, std::min(a.token_tiles, int(kBandBytes / (int64_t(plan.tokens) * a.k * 2))));
   a.whole = a.tiles;
   if (plan.split > 1) return a.tiles;
-  const int64_t most = int64_t(a.tiles) * turns;
+  const int64_t most = int64_t(a.tiles) * (plan.split == 0 ? 1 : turns);
   const int blocks = most < plan.residents() * processors ? int(most) : plan.residents() * processors;
+  if (plan.split == 0) return blocks;
   // A share of leftovers is at least a tile where there are so many: then few thread blocks meet in one.
   if (a.tiles % blocks != 0) a.whole = a.tiles < blocks ? 0 : (a.tiles / blocks - 1) * blocks;
   return blocks;

@@ -8,8 +8,8 @@
 
 namespace woq {
 
-// x as TMA sees it: [m, k] in tiles of `tokens` x 64, swizzled. The driver's function is looked up, not linked.
-inline cudaError_t describe_x(CUtensorMap* map, const PrefillArgs& a, bool is_bf16, int tokens) {
+// A matrix of `tokens` rows as TMA sees it, in boxes of `box_tokens` x 64, swizzled. The driver's function is looked up, not linked.
+inline cudaError_t describe(CUtensorMap* map, const void* data, int tokens, int features, bool is_bf16, int box_tokens) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                               const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {
@@ -19,9 +19,9 @@ inline cudaError_t describe_x(CUtensorMap* map, const PrefillArgs& a, bool is_bf
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {cuuint64_t(a.k), cuuint64_t(a.m)}, strides[1] = {cuuint64_t(a.k) * 2};
-  const cuuint32_t box[2] = {kBlock, cuuint32_t(tokens)}, ones[2] = {1, 1};
-  const CUresult result = encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(a.x),
+  const cuuint64_t sizes[2] = {cuuint64_t(features), cuuint64_t(tokens)}, strides[1] = {cuuint64_t(features) * 2};
+  const cuuint32_t box[2] = {kBlock, cuuint32_t(box_tokens)}, ones[2] = {1, 1};
+  const CUresult result = encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data),
                                  sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -39,8 +39,9 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
     if (error == cudaSuccess) raised.fetch_or(uint64_t(1) << (device & 63), std::memory_order_relaxed);
   }
   if (error != cudaSuccess) return error;
-  CUtensorMap map;
-  error = describe_x(&map, a, is_bf16, TOKENS);
+  CUtensorMap x_map, y_map = {};  // y's rows must be 16-byte aligned; the kernel looks at it where they are
+  error = describe(&x_map, a.x, a.m, a.k, is_bf16, TOKENS);
+  if (error == cudaSuccess && a.n % 8 == 0) error = describe(&y_map, a.y, a.m, a.n, is_bf16, PrefillPlan::box_tokens);
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2];
@@ -60,7 +61,7 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     ++config.numAttrs;
   }
-  return cudaLaunchKernelEx(&config, kernel, a, map);
+  return cudaLaunchKernelEx(&config, kernel, a, x_map, y_map);
 }
 
 template <class T, int BITS, int TOKENS, int GROUPS>

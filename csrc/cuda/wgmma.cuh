@@ -33,6 +33,11 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// The other way, from shared memory that copy_fence has covered: what lies outside of the tensor is left out.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int column, int row, uint32_t shared) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
+}
+
 template <class T, int N>
 struct Wgmma;
 
