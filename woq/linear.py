@@ -118,9 +118,8 @@ class QuantLinear(nn.Module):
         self.prepare_for(x.device, x.dtype)
         assert self._backend is not None
         assert self._target is not None
-        assert (
-            self._target.dtype == x.dtype
-        )  # what torch.compile made is traced again once this does not hold
+        # Compiled code checks this first, and is traced again where another dtype was prepared for since.
+        assert self._target.dtype == x.dtype
         y = _WithInputGradient.apply(x, self) if trains else self._backend.apply(x, self._state)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias.to(y.dtype)
 
