@@ -19,10 +19,19 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama import modeling_llama
 
 from benchmarks.common import current_commit
@@ -42,6 +51,7 @@ FIELDS = [
     "group_size",
     "head",
     "compiled",
+    "attention",
     "layers",
     "phase",
     "tokens",
@@ -55,8 +65,35 @@ BF16 = torch.bfloat16
 Step = Callable[[], None]
 
 
-def llama(layers: int, hidden: int, vocabulary: int, device: str) -> LlamaForCausalLM:
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa", which does not repeat keys and values for one token even where it is compiled.
+
+    query [batch, heads, tokens, size], key and value [batch, fewer heads, length, size] -> [batch, tokens, heads, size]
+    """
+    batch, heads, tokens, size = query.shape
+    if tokens > 1:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return result
+    rows = query.reshape(batch, key.shape[1], -1, size)
+    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=options["scaling"])
+    return y.reshape(batch, tokens, heads, size), None
+
+
+def llama(
+    layers: int, hidden: int, vocabulary: int, device: str, attention: str = "sdpa"
+) -> LlamaForCausalLM:
     """Llama-3-8B's shape for hidden == 4096, made on the device, weights of its initialisation."""
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
@@ -71,7 +108,7 @@ def llama(layers: int, hidden: int, vocabulary: int, device: str) -> LlamaForCau
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=BF16).eval()
+        return LlamaForCausalLM._from_config(config, dtype=BF16, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -195,6 +232,12 @@ def arguments() -> argparse.Namespace:
         default="float",
         help="packed: measured once more with it packed too",
     )
+    parser.add_argument(
+        "--attention",
+        choices=["sdpa", "grouped"],
+        default="sdpa",
+        help="grouped: a decoding step, compiled, does not repeat keys and values",
+    )
     parser.add_argument("--apart", action="store_true", help="do not fuse linears that share an input")
     parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
     return parser.parse_args()
@@ -227,7 +270,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     commit = args.commit or current_commit()
     if args.compile != "nothing":
         compile_small_parts()
-    model = llama(args.layers, args.hidden, args.vocabulary, args.device)
+    model = llama(args.layers, args.hidden, args.vocabulary, args.device, args.attention)
     bf16: dict[str, float] = {}
     for stage in stages(model, args):
         for phase, unit, tokens, values in phases(model, args):
@@ -247,6 +290,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 **stage,
                 "group_size": args.group_size,
                 "compiled": args.compile,
+                "attention": args.attention,
                 "layers": args.layers,
                 "phase": phase,
                 "tokens": tokens,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from benchmarks import bench_model as bench
 from woq.linear import QuantLinear
@@ -23,6 +24,18 @@ def test_packs_in_place_and_measures_both_phases() -> None:
     assert 0 < (after - before).norm() / before.norm() < 0.05
     assert len(bench.decode_rates(model, 4, 2, 2, lambda step: step)) == 2
     assert len(bench.prefill_times(model, 8, 2)) == 2
+
+
+def test_grouped_attention_is_attention() -> None:
+    models = [bench.llama(2, 512, 64, "cpu", attention).float() for attention in ("sdpa", "grouped")]
+    assert models[0].config.num_attention_heads > models[0].config.num_key_value_heads
+    logits = []
+    for model in models:
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            prompt = model(torch.arange(4)[None], past_key_values=cache).logits
+            logits.append([prompt, model(torch.tensor([[5]]), past_key_values=cache).logits])
+    torch.testing.assert_close(*logits)
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, **options: object) -> Namespace:
