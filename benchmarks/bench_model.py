@@ -4,9 +4,10 @@
 
 The model is made on the device; after the bf16 figures every linear of its decoder layers is rounded to nearest and replaced
 by a `QuantLinear`, in place, and those that share an input are fused, so that nothing is written to disk and both runs share
-everything else. Decoding: batch 1, static cache, one step in a CUDA graph, every token the argmax of the step before.
-Prefill: one forward of 2048 tokens. In both runs torch.compile fuses what is around the linears: norms, rotary embedding and
-the gated activation, or with `--compile layers`, for decoding, each decoder layer as a whole.
+everything else; with `--head packed` the output head follows, for figures of its own. Decoding: batch 1, static cache, one
+step in a CUDA graph, every token the argmax of the step before. Prefill: one forward of 2048 tokens. In all runs
+torch.compile fuses what is around the linears: norms, rotary embedding and the gated activation, or with `--compile step`,
+for decoding, all that a step does: one graph, about a minute for 32 layers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import csv
 import datetime
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama import modeling_llama
 
 from benchmarks.common import current_commit
@@ -39,6 +49,9 @@ FIELDS = [
     "backend",
     "bits",
     "group_size",
+    "head",
+    "compiled",
+    "attention",
     "layers",
     "phase",
     "tokens",
@@ -49,9 +62,38 @@ FIELDS = [
 ]
 BF16 = torch.bfloat16
 
+Step = Callable[[], None]
 
-def llama(layers: int, hidden: int, vocabulary: int, device: str) -> LlamaForCausalLM:
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa", which does not repeat keys and values for one token even where it is compiled.
+
+    query [batch, heads, tokens, size], key and value [batch, fewer heads, length, size] -> [batch, tokens, heads, size]
+    """
+    batch, heads, tokens, size = query.shape
+    if tokens > 1:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return result
+    rows = query.reshape(batch, key.shape[1], -1, size)
+    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=options["scaling"])
+    return y.reshape(batch, tokens, heads, size), None
+
+
+def llama(
+    layers: int, hidden: int, vocabulary: int, device: str, attention: str = "sdpa"
+) -> LlamaForCausalLM:
     """Llama-3-8B's shape for hidden == 4096, made on the device, weights of its initialisation."""
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
@@ -66,22 +108,19 @@ def llama(layers: int, hidden: int, vocabulary: int, device: str) -> LlamaForCau
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=BF16).eval()
+        return LlamaForCausalLM._from_config(config, dtype=BF16, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
-def pack_layers(model: nn.Module, bits: int, group_size: int, backend: str) -> None:
-    """Replace every linear of the decoder layers; the head stays, as `quantize` leaves it unless asked."""
-    for parent in [
-        m for m in model.model.layers.modules() if any(isinstance(c, nn.Linear) for c in m.children())
-    ]:
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                spec = WeightSpec(
-                    linear.in_features, linear.out_features, bits, group_size, True, scale_dtype=BF16
-                )
-                packed = round_to_nearest(linear.weight.float(), spec, "minmax").pack()
-                setattr(parent, name, QuantLinear(packed, backend=backend))
+def pack(module: nn.Module, bits: int, group_size: int, backend: str) -> None:
+    """Replace every linear among the children of `module` and theirs."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            spec = WeightSpec(child.in_features, child.out_features, bits, group_size, True, scale_dtype=BF16)
+            packed = round_to_nearest(child.weight.float(), spec, "minmax").pack()
+            setattr(module, name, QuantLinear(packed, backend=backend))
+        else:
+            pack(child, bits, group_size, backend)
 
 
 def compile_small_parts() -> None:
@@ -106,7 +145,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Step) -> Step:
     """`step` as a CUDA graph, after two calls that may allocate, compile and prepare."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -119,22 +158,11 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-@contextmanager
-def compiled_layers(model: LlamaForCausalLM) -> Iterator[None]:
-    """Every decoder layer compiled by itself. Each has its own number and cache, so each is traced; the code is found again."""
-    torch._dynamo.config.recompile_limit = 2 * len(model.model.layers) + 8
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
-    yield
-    for layer in model.model.layers:
-        layer._compiled_call_impl = None
-
-
 @torch.inference_mode()
 def decode_rates(
-    model: LlamaForCausalLM, prompt: int, steps: int, repeats: int, compiled: AbstractContextManager[None]
+    model: LlamaForCausalLM, prompt: int, steps: int, repeats: int, compiled: Callable[[Step], Step]
 ) -> list[float]:
-    """Tokens a second of `repeats` runs of `steps` replays of one decoding step."""
+    """Tokens a second of `repeats` runs of `steps` replays of one decoding step, or of what `compiled` makes of it."""
     cache = StaticCache(config=model.config, max_cache_len=prompt + steps * (repeats + 1) + 8)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=model.device)
     position = torch.full((1,), prompt, device=model.device)
@@ -156,12 +184,14 @@ def decode_rates(
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
 
+    replay = compiled(step)
+    print(f"first step: {timed(replay, model.device):.1f} s", flush=True)
+    if model.device.type == "cuda":
+        replay = captured(replay)
     rates = []
-    with compiled:
-        replay = captured(step) if model.device.type == "cuda" else step
-        for _ in range(repeats):
-            seconds = timed(lambda: [replay() for _ in range(steps)], model.device)
-            rates.append(steps / seconds)
+    for _ in range(repeats):
+        seconds = timed(lambda: [replay() for _ in range(steps)], model.device)
+        rates.append(steps / seconds)
     return sorted(rates)
 
 
@@ -192,69 +222,95 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--compile",
-        choices=["nothing", "parts", "layers"],
+        choices=["nothing", "parts", "step"],
         default="parts",
-        help="what torch.compile fuses around the linears; layers: for decoding, minutes for 32 of them",
+        help="what torch.compile fuses around the linears; step: for decoding, everything, a minute for 32 layers",
+    )
+    parser.add_argument(
+        "--head",
+        choices=["float", "packed"],
+        default="float",
+        help="packed: measured once more with it packed too",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["sdpa", "grouped"],
+        default="sdpa",
+        help="grouped: a decoding step, compiled, does not repeat keys and values",
     )
     parser.add_argument("--apart", action="store_true", help="do not fuse linears that share an input")
     parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
     return parser.parse_args()
 
 
+def stages(model: LlamaForCausalLM, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Pack one part of the model after another; what it is by then, as in a row of the CSV."""
+    yield {"backend": "bf16", "bits": 16, "head": "float"}
+    options = (args.bits, args.group_size, args.backend)
+    seconds = timed(lambda: pack(model.model, *options), model.device)
+    if not args.apart:
+        fuse_shared_inputs(model)
+    print(f"packed in {seconds:.1f} s", flush=True)
+    yield {"backend": args.backend, "bits": args.bits, "head": "float"}
+    if args.head == "packed":
+        pack(model, *options)
+        yield {"backend": args.backend, "bits": args.bits, "head": "packed"}
+
+
 def phases(model: LlamaForCausalLM, args: argparse.Namespace) -> Iterator[tuple[str, str, int, list[float]]]:
     """Phase, unit, tokens of a step, and the sorted measurements."""
-    compiled = compiled_layers(model) if args.compile == "layers" else nullcontext()
+    whole: Callable[[Step], Step] = partial(torch.compile, dynamic=False)
+    compiled = whole if args.compile == "step" else lambda step: step
     yield "decode", "tokens/s", 1, decode_rates(model, args.prompt, args.steps, args.repeats, compiled)
     yield "prefill", "ms", args.prefill, prefill_times(model, args.prefill, args.repeats)
 
 
-def main() -> None:
-    args = arguments()
+def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The rows of the CSV, as they come; prints what they say."""
     commit = args.commit or current_commit()
     if args.compile != "nothing":
         compile_small_parts()
-    model = llama(args.layers, args.hidden, args.vocabulary, args.device)
+    model = llama(args.layers, args.hidden, args.vocabulary, args.device, args.attention)
+    bf16: dict[str, float] = {}
+    for stage in stages(model, args):
+        for phase, unit, tokens, values in phases(model, args):
+            p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
+            gain = p50 / bf16.setdefault(phase, p50)
+            name = f"{stage['backend']}, head {stage['head']}, {phase}"
+            print(
+                f"{name}: {p50:.5g} {unit}, {gain if phase == 'decode' else 1 / gain:.2f}x of bf16",
+                flush=True,
+            )
+            yield {
+                "commit": commit,
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "model": f"llama {args.hidden}",
+                **stage,
+                "group_size": args.group_size,
+                "compiled": args.compile,
+                "attention": args.attention,
+                "layers": args.layers,
+                "phase": phase,
+                "tokens": tokens,
+                "unit": unit,
+                "p20": f"{p20:.5g}",
+                "p50": f"{p50:.5g}",
+                "p80": f"{p80:.5g}",
+            }
+
+
+def main() -> None:
+    args = arguments()
     new = not args.out.exists()
     with args.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
-        medians = {}
-        for backend in ("bf16", args.backend):
-            if backend != "bf16":
-                seconds = timed(
-                    lambda: pack_layers(model, args.bits, args.group_size, args.backend), model.device
-                )
-                if not args.apart:
-                    fuse_shared_inputs(model)
-                print(f"packed in {seconds:.1f} s", flush=True)
-            for phase, unit, tokens, values in phases(model, args):
-                p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
-                medians[backend, phase] = p50
-                writer.writerow(
-                    {
-                        "commit": commit,
-                        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-                        "torch": torch.__version__,
-                        "model": f"llama {args.hidden}",
-                        "backend": backend,
-                        "bits": 16 if backend == "bf16" else args.bits,
-                        "group_size": args.group_size,
-                        "layers": args.layers,
-                        "phase": phase,
-                        "tokens": tokens,
-                        "unit": unit,
-                        "p20": f"{p20:.5g}",
-                        "p50": f"{p50:.5g}",
-                        "p80": f"{p80:.5g}",
-                    }
-                )
-                print(f"{backend} {phase}: {p50:.5g} {unit}", flush=True)
-    decode = medians[args.backend, "decode"] / medians["bf16", "decode"]
-    print(
-        f"decode {decode:.2f}x of bf16, prefill {medians['bf16', 'prefill'] / medians[args.backend, 'prefill']:.2f}x"
-    )
+        for row in measure(args):
+            writer.writerow(row)
+            file.flush()
 
 
 if __name__ == "__main__":

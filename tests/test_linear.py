@@ -147,5 +147,24 @@ def test_compiles_whole(rng: torch.Generator) -> None:
         assert torch.equal(torch.compile(bf16, fullgraph=True, backend="eager")(x.bfloat16()), expected)
 
 
+def test_compiles_whole_before_its_first_input(rng: torch.Generator) -> None:
+    linear, x = layer(), torch.randn(3, IN, generator=rng)
+    with torch.no_grad():
+        compiled = torch.compile(linear, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), layer()(x))
+        assert torch.equal(compiled(x.bfloat16()), layer()(x.bfloat16()))
+        assert torch.equal(compiled(x), layer()(x))  # prepared for bfloat16, and again for float32
+        other = QuantLinear(packed(seed=9), torch.zeros(OUT))
+        linear.load_state_dict(other.state_dict())
+        assert torch.equal(compiled(x), other(x))
+
+
+def test_compiles_whole_for_training(rng: torch.Generator) -> None:
+    x = torch.randn(3, IN, generator=rng, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer()(x).sum(), x)
+    (got,) = torch.autograd.grad(torch.compile(layer(), fullgraph=True, backend="aot_eager")(x).sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
 def test_repr_says_what_it_is() -> None:
     assert repr(layer(bits=3)) == "QuantLinear(64, 24, bits=3, group_size=32, sym, backend=auto)"

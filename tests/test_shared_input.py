@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import StaticCache
 
 import woq
 from tests.tiny_models import MORE_ARCHITECTURES, TINY_ARCHITECTURES
@@ -107,14 +108,60 @@ def test_what_differs_stays_apart() -> None:
     assert ends == {"q_proj k_proj v_proj"}
 
 
-def test_compiles_whole() -> None:
+@pytest.mark.parametrize("prepared", [True, False])
+def test_compiles_whole(prepared: bool) -> None:
     model = quantized(TINY_ARCHITECTURES["llama"])
     before = logits(model)
     fuse_shared_inputs(model)
-    logits(model)  # prepares
-    layer = model.get_submodule("model.layers.0")
-    layer.compile(backend="eager", fullgraph=True)
+    if prepared:
+        logits(model)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def keeping(graphs: list[torch.fx.GraphModule]) -> Callable[..., Callable[..., Any]]:
+    """A backend of torch.compile that runs graphs as they are and keeps them in `graphs`."""
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return keep
+
+
+def test_layers_are_compiled_once() -> None:
+    """As those of the float model are: weights are inputs of the graph, and nothing in it is one layer's own."""
+    model = quantized(TINY_ARCHITECTURES["llama"])
+    fuse_shared_inputs(model)
+    before = logits(model)
+    graphs: list[torch.fx.GraphModule] = []
+    layers, backend = model.get_submodule("model.layers"), keeping(graphs)
+    assert len(layers) > 1
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    (graph,) = graphs
+    assert not [*graph.parameters(), *graph.buffers()]
+    products = [node for node in graph.graph.nodes if "linear" in str(node.target)]
+    assert len(products) == 4  # query, key and value; output; gate and up; down
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_compiled_once() -> None:
+    """With a static cache, as `generate` does it: no step after the first compiles anything."""
+    model = quantized(TINY_ARCHITECTURES["llama"])
+    fuse_shared_inputs(model)
+
+    def decode(forward: Callable[..., Any]) -> list[torch.Tensor]:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(IDS, past_key_values=cache)
+        return [forward(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
+
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(model, backend=keeping(graphs), fullgraph=True, dynamic=False)
+    torch.testing.assert_close(decode(compiled), decode(model), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
 
 
 def test_what_activations_may_be_rounded_to_holds_for_all() -> None:

@@ -8,8 +8,9 @@ that of the reference: adapters train on top of any backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,17 @@ from woq.weights import PackedWeight, WeightSpec
 
 if TYPE_CHECKING:
     from woq.shared_input import SharedInput
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def not_traced(method: Method) -> Method:
+    """torch.compile calls `method` once, as it traces, and leaves nothing of it in the graph.
+
+    Says what `torch.compiler.assume_constant_result` says, which would import torch._dynamo and Triton here and now.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class QuantLinear(nn.Module):
@@ -85,6 +97,12 @@ class QuantLinear(nn.Module):
         self._state = self._backend.prepare(self.packed, target)
         self._target = target
 
+    @not_traced
+    def prepare_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare unless that is done."""
+        if self._target is None or self._target.device != device or self._target.dtype != dtype:
+            self.prepare(Target(device, dtype))
+
     def share(self, group: SharedInput) -> None:
         """Compute with others from now on; what was prepared for this layer alone is given up."""
         self.shared = group
@@ -97,9 +115,11 @@ class QuantLinear(nn.Module):
         if self.shared is not None and not trains:
             y = self.shared.output(x, self)
             return y if bias is None else y + bias.to(y.dtype)
-        if self._target is None or self._target.device != x.device or self._target.dtype != x.dtype:
-            self.prepare(Target(x.device, x.dtype))
+        self.prepare_for(x.device, x.dtype)
         assert self._backend is not None
+        assert self._target is not None
+        # Compiled code checks this first, and is traced again where another dtype was prepared for since.
+        assert self._target.dtype == x.dtype
         y = _WithInputGradient.apply(x, self) if trains else self._backend.apply(x, self._state)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias.to(y.dtype)
 

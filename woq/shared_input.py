@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from woq.backends import choose
 from woq.backends.base import Backend, Target
-from woq.linear import QuantLinear
+from woq.linear import QuantLinear, not_traced
 from woq.weights import PackedWeight, QuantizedWeight, WeightSpec
 
 
@@ -45,12 +45,19 @@ class SharedInput:
         self._state = self._backend.prepare(packed, target)
         self.target = target
 
+    @not_traced
+    def prepare_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare unless that is done."""
+        if self.target is None or self.target.device != device or self.target.dtype != dtype:
+            self.prepare(Target(device, dtype))
+
     def output(self, x: Tensor, layer: QuantLinear) -> Tensor:
         """The part of `layer`, without its bias: x [..., in_features] -> [..., out_features], a view of the whole product."""
         if x is not self._x:
-            if self.target is None or self.target.device != x.device or self.target.dtype != x.dtype:
-                self.prepare(Target(x.device, x.dtype))
+            self.prepare_for(x.device, x.dtype)
             assert self._backend is not None
+            assert self.target is not None
+            assert self.target.dtype == x.dtype  # as in `QuantLinear.forward`
             self._x, self._y = x, self._backend.apply(x, self._state)
         assert self._y is not None
         first = 0
