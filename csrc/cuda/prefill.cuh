@@ -11,8 +11,6 @@
 //                  exchanged through distributed shared memory
 //     split == 1   grid (1, thread blocks that stay): whole tiles first, one wave after the other; what is left over is cut
 //                  into equal shares of turns, and a tile's last thread block adds up what the others left in memory
-//     PAIR         the same, by clusters of two along y: a tile is twice as high, each takes half of its rows, and what one
-//                  fetches of x, half of it, goes to both
 //
 // Sums are added in a fixed order either way: results repeat to the bit.
 #pragma once
@@ -27,9 +25,9 @@ namespace woq {
 
 constexpr int kFetchRegisters = 32;
 
-template <class T, int BITS, int TOKENS, int GROUPS, bool PAIR>
+template <class T, int BITS, int TOKENS, int GROUPS>
 struct PrefillLayout {
-  static constexpr int pair = PAIR ? 2 : 1, tokens = TOKENS, groups = GROUPS, rows = GROUPS * kBlock, residents = PrefillPlan::residents(TOKENS, GROUPS);
+  static constexpr int tokens = TOKENS, groups = GROUPS, rows = GROUPS * kBlock, residents = PrefillPlan::residents(TOKENS, GROUPS);
   static constexpr int warp_groups = PrefillPlan::warp_groups(TOKENS, GROUPS), warps = 4 * warp_groups, threads = 32 * warps + 128;
   static constexpr int height = GROUPS / warp_groups;                // row groups of a warp group
   static constexpr int registers = warp_groups > 2 ? 112 : residents > 1 ? 104 : 232;  // of a multiplying thread, after they are dealt out anew
@@ -56,9 +54,8 @@ struct Piece {
 // What one thread block computes, in order. The shares of leftover tiles go backwards: what others wait for comes first.
 class Schedule {
  public:
-  // Of thread block (or pair) `block` of `blocks`.
-  __device__ Schedule(const PrefillArgs& a, int turns, int block, int blocks) : turns(turns), block(block), blocks(blocks) {
-    const int rank = blockIdx.x;
+  __device__ Schedule(const PrefillArgs& a, int turns) : turns(turns) {
+    const int rank = blockIdx.x, block = blockIdx.y;
     if (a.split > 1) {
       whole = next_whole = 0;
       low = block * turns + turns * rank / a.split, high = block * turns + turns * (rank + 1) / a.split;
@@ -70,7 +67,7 @@ class Schedule {
   __device__ bool next(Piece& p) {
     if (next_whole < whole) {
       p = {next_whole, 0, turns};
-      next_whole += blocks;
+      next_whole += gridDim.y;
       return true;
     }
     if (high <= low) return false;
@@ -81,27 +78,21 @@ class Schedule {
   }
   // Where thread block i's share of the leftover turns begins.
   __device__ int share(const PrefillArgs& a, int i) const {
-    return whole * turns + static_cast<int>(int64_t(a.tiles - whole) * turns * i / blocks);
+    return whole * turns + static_cast<int>(int64_t(a.tiles - whole) * turns * i / gridDim.y);
   }
-  const int turns, block, blocks;
+  const int turns;
 
  private:
   int whole, next_whole, low, high;
 };
 
-template <class L>
-__device__ Schedule schedule(const PrefillArgs& a) {
-  return {a, PrefillPlan::turns(L::tokens, a.k_blocks), static_cast<int>(blockIdx.y) / L::pair, static_cast<int>(gridDim.y) / L::pair};
-}
-
 // Where a tile lies. Tiles go through a band of tokens that the L2 cache can hold, row by row.
-template <class L>
 struct Place {
-  int row_group, token;  // the first of this thread block
+  int row_tile, token_tile;
   __device__ Place(const PrefillArgs& a, int tile) {
     const int row_tiles = a.tiles / a.token_tiles, first = tile / (a.band * row_tiles) * a.band;
     const int inside = tile - first * row_tiles, width = min(a.band, a.token_tiles - first);
-    row_group = (inside / width * L::pair + blockIdx.y % L::pair) * L::groups, token = (first + inside % width) * L::tokens;
+    row_tile = inside / width, token_tile = first + inside % width;
   }
 };
 
@@ -158,13 +149,13 @@ __device__ void fetch(const PrefillArgs& a, const CUtensorMap* x_map, uint32_t b
   const bool weights = row < L::groups, inputs = row == L::groups % 4;
   const uint64_t policy = a.token_tiles > 1 ? keep_policy() : read_once_policy();
   if (inputs) dependency_wait();
-  Schedule work = schedule<L>(a);
+  Schedule work(a, PrefillPlan::turns(L::tokens, a.k_blocks));
   Piece p;
   int slot = 0;
   uint32_t parity = 1;
   while (work.next(p)) {
-    const Place<L> place(a, p.tile);
-    const int row_group = place.row_group + row;
+    const Place place(a, p.tile);
+    const int row_group = place.row_tile * L::groups + row, first_token = place.token_tile * L::tokens;
     const bool present = weights && row_group < a.row_groups;
     const uint8_t* weight = a.weight + int64_t(row_group) * a.k_blocks * L::weight_block;
     const uint8_t* scales = a.scales + int64_t(row_group) * a.groups * a.scale_stride;
@@ -182,13 +173,7 @@ __device__ void fetch(const PrefillArgs& a, const CUtensorMap* x_map, uint32_t b
       }
       if (inputs)  // zeros beyond k: a missing block of weights counts for nothing
 #pragma unroll
-        for (int b = 0; b < L::turn_blocks; ++b) {
-          const int column = (L::turn_blocks * turn + b) * kBlock, half = blockIdx.y % 2;
-          if constexpr (L::pair == 2)
-            tensor_copy_to_both(stage + b * L::x_block + half * (L::x_block / 2), x_map, column, place.token + half * (L::tokens / 2), full);
-          else
-            tensor_copy(stage + b * L::x_block, x_map, column, place.token, full);
-        }
+        for (int b = 0; b < L::turn_blocks; ++b) tensor_copy(stage + b * L::x_block, x_map, (L::turn_blocks * turn + b) * kBlock, first_token, full);
       if (++slot == a.stages) slot = 0, parity ^= 1;
     }
   }
@@ -298,8 +283,8 @@ __device__ void leave(const PrefillArgs& a, const float (&sums)[L::height][L::to
 // smaller indices, which started no later. A mark is wiped once read: a graph's next replay has the same `launch`.
 template <class L>
 __device__ void collect(const PrefillArgs& a, const Schedule& work, float (&sums)[L::height][L::tokens / 2], int first_turn, int pieces, int warp) {
-  for (int block = work.block - 1;; --block) {
-    const int place = (block * L::pair + blockIdx.y % L::pair) * L::warp_groups + warp / 4;
+  for (int block = blockIdx.y - 1;; --block) {
+    const int place = block * L::warp_groups + warp / 4;
     if (threadIdx.x % 128 == 0) {
       while (load_acquire(a.ready + place) != a.launch) {
       }
@@ -322,8 +307,8 @@ __device__ void collect(const PrefillArgs& a, const Schedule& work, float (&sums
 // What becomes of a tile's sums, or of a part of K of them.
 template <class T, class L>
 __device__ void finish(const PrefillArgs& a, const CUtensorMap* y_map, const Schedule& work, const Piece& p, float (&sums)[L::height][L::tokens / 2], uint32_t base, int warp, int lane) {
-  const Place<L> place(a, p.tile);
-  const int row = place.row_group * kBlock, token = place.token, group = warp / 4 * L::height;
+  const Place place(a, p.tile);
+  const int row = place.row_tile * L::rows, token = place.token_tile * L::tokens, group = warp / 4 * L::height;
   const int present = min(L::pieces, (a.m - token + 7) / 8);
   if (a.split > 1) return exchange<T, L>(a, sums, row, token, present, base, warp, lane);
   if (p.end < work.turns) return leave<L>(a, sums, present, warp);
@@ -342,13 +327,13 @@ __device__ void finish(const PrefillArgs& a, const CUtensorMap* y_map, const Sch
 
 // ONE_GROUP: the inputs of a turn lie in one group, whose scales have the activations' dtype; otherwise every 32 inputs' scales
 // are looked up and converted. No branches on that: the compiler gives up overlapping wgmma with what a branch may define.
-template <class T, int BITS, int TOKENS, int GROUPS, bool PAIR, bool ONE_GROUP>
-__global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::residents)
+template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
+__global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS>::residents)
     prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map) {
 #if HOPPER_WGMMA
   using C = Codes<T, BITS>;
   using D = Dequantizer<T, BITS>;
-  using L = PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>;
+  using L = PrefillLayout<T, BITS, TOKENS, GROUPS>;
   extern __shared__ uint8_t unaligned[];
   // Through shuffles, or the compiler computes both anew wherever they are used.
   const uint32_t base = __shfl_sync(~0u, (smem_address(unaligned) + 1023) & ~1023u, 0);
@@ -358,14 +343,13 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
       barrier_init(base + full_barrier(i), GROUPS + (GROUPS % 4 != 0));
-      barrier_init(base + empty_barrier(i), L::warps * L::pair);  // of both, since both are written to
+      barrier_init(base + empty_barrier(i), L::warps);
     }
     barrier_init(base + gather_barrier(0), 1);
     barrier_init_fence();
   }
   __syncthreads();
   if (L::gather_apart && a.split > 1) cluster_arrive();
-  if (PAIR) cluster_arrive(), cluster_wait();  // barriers are there before the other one's copies and arrivals
 
   if (warp >= L::warps) {
     registers_release<kFetchRegisters>();
@@ -397,11 +381,7 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::
 #pragma unroll
       for (int h = 0; h < L::height; ++h) stored[h] = D::load(Shared{stage + L::scales + (group + h) * L::scale_room + number * a.scale_stride}, scale_place);
     };
-    const auto leave_stage = [&](int which) {
-      if (PAIR && lane < 2) barrier_arrive_remote(base + empty_barrier(which), lane);
-      if (!PAIR && lane == 0) barrier_arrive(base + empty_barrier(which));
-    };
-    Schedule work = schedule<L>(a);
+    Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
     Piece p;
     while (work.next(p)) {
 #pragma unroll
@@ -429,7 +409,7 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::
           }
           if (half % step == 0) wgmma_wait<1>();  // this set of fragments has been read
           if (half == step) {                     // and the stage before this one
-            if (previous >= 0) leave_stage(previous);
+            if (previous >= 0 && lane == 0) barrier_arrive(base + empty_barrier(previous));
             previous = slot;
           }
 #pragma unroll
@@ -451,16 +431,11 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::
         if (++slot == a.stages) slot = 0, parity ^= 1;
       }
       wgmma_wait<0>();
-      leave_stage(previous);
+      if (lane == 0) barrier_arrive(base + empty_barrier(previous));
       previous = -1;
       finish<T, L>(a, &y_map, work, p, sums, base, warp, lane);
     }
     if (L::box > 0) bulk_wait();
-  }
-  if (PAIR) {  // the other one may still arrive here, or send
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
   }
 #endif
 }

@@ -41,9 +41,6 @@ struct PrefillPlan {
 
   static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens >= 128 ? 1 : 2; }  // thread blocks a processor
   int residents() const { return residents(tokens, groups); }
-  // Whether clusters of two share what they fetch of x.
-  bool paired() const { return tokens > 128 && split <= 1; }
-  int pair() const { return paired() ? 2 : 1; }
   int shared_bytes(int bits) const {
     const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
     if (split <= 1) return 1024 + ring + box_bytes(tokens, groups);
@@ -54,18 +51,17 @@ struct PrefillPlan {
 
 constexpr int64_t kBandBytes = 16 << 20;  // of x: what the L2 cache holds beside what streams through it
 
-// How a launch of `plan` divides `a`; returns the thread blocks or pairs, times plan.split for the grid.
+// How a launch of `plan` divides `a`; returns the thread blocks, times plan.split for the grid.
 inline int divide(const PrefillPlan& plan, int processors, PrefillArgs& a) {
   const int turns = PrefillPlan::turns(plan.tokens, a.k_blocks);
   a.stages = plan.stages, a.split = std::max(1, plan.split);
   a.token_tiles = (a.m + plan.tokens - 1) / plan.tokens;
-  const int high = plan.groups * plan.pair();
-  a.tiles = (a.row_groups + high - 1) / high * a.token_tiles;
+  a.tiles = (a.row_groups + plan.groups - 1) / plan.groups * a.token_tiles;
   a.band = std::max(1, std::min(a.token_tiles, int(kBandBytes / (int64_t(plan.tokens) * a.k * 2))));
   a.whole = a.tiles;
   if (plan.split > 1) return a.tiles;
   const int64_t most = int64_t(a.tiles) * (plan.split == 0 ? 1 : turns);
-  const int room = plan.residents() * processors / plan.pair(), blocks = most < room ? int(most) : room;
+  const int blocks = most < plan.residents() * processors ? int(most) : plan.residents() * processors;
   if (plan.split == 0) return blocks;
   // A share of leftovers is at least a tile where there are so many: then few thread blocks meet in one.
   if (a.tiles % blocks != 0) a.whole = a.tiles < blocks ? 0 : (a.tiles / blocks - 1) * blocks;
@@ -74,8 +70,8 @@ inline int divide(const PrefillPlan& plan, int processors, PrefillArgs& a) {
 
 // Bytes of a.partial, then of a.ready, for that.
 inline int64_t partial_bytes(const PrefillPlan& plan, const PrefillArgs& a, int blocks) {
-  return a.whole < a.tiles ? int64_t(blocks) * plan.pair() * plan.groups * kBlock * plan.tokens * 4 : 0;
+  return a.whole < a.tiles ? int64_t(blocks) * plan.groups * kBlock * plan.tokens * 4 : 0;
 }
-inline int64_t ready_bytes(const PrefillPlan& plan, const PrefillArgs& a, int blocks) { return a.whole < a.tiles ? int64_t(blocks) * plan.pair() * plan.groups * 8 : 0; }
+inline int64_t ready_bytes(const PrefillPlan& plan, const PrefillArgs& a, int blocks) { return a.whole < a.tiles ? int64_t(blocks) * plan.groups * 8 : 0; }
 
 }  // namespace woq

@@ -27,9 +27,9 @@ inline cudaError_t describe(CUtensorMap* map, const void* data, int tokens, int 
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class T, int BITS, int TOKENS, int GROUPS, bool PAIR, bool ONE_GROUP>
+template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
 cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
-  const auto kernel = prefill_kernel<T, BITS, TOKENS, GROUPS, PAIR, ONE_GROUP>;
+  const auto kernel = prefill_kernel<T, BITS, TOKENS, GROUPS, ONE_GROUP>;
   static std::atomic<uint64_t> raised{0};  // one bit a device: its shared-memory limit has been raised for this kernel
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -40,20 +40,20 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
   }
   if (error != cudaSuccess) return error;
   CUtensorMap x_map, y_map = {};  // y's rows must be 16-byte aligned; the kernel looks at it where they are
-  error = describe(&x_map, a.x, a.m, a.k, is_bf16, PAIR ? TOKENS / 2 : TOKENS);
+  error = describe(&x_map, a.x, a.m, a.k, is_bf16, TOKENS);
   if (error == cudaSuccess && a.n % 8 == 0) error = describe(&y_map, a.y, a.m, a.n, is_bf16, PrefillPlan::box_tokens);
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.split, PAIR ? 2 * blocks : blocks);
-  config.blockDim = dim3(PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::threads);
+  config.gridDim = dim3(a.split, blocks);
+  config.blockDim = dim3(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (PAIR || a.split > 1) {
+  if (a.split > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(a.split), PAIR ? 2u : 1u, 1};
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(a.split), 1, 1};
     ++config.numAttrs;
   }
   if (early_start) {
@@ -64,11 +64,11 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
   return cudaLaunchKernelEx(&config, kernel, a, x_map, y_map);
 }
 
-template <class T, int BITS, int TOKENS, int GROUPS, bool PAIR = false>
+template <class T, int BITS, int TOKENS, int GROUPS>
 cudaError_t launch_tile(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
-  const bool one_group = a.group_units % PrefillLayout<T, BITS, TOKENS, GROUPS, PAIR>::halves == 0 && a.scale_is_bf16 == is_bf16;
-  return one_group ? launch_kernel<T, BITS, TOKENS, GROUPS, PAIR, true>(a, is_bf16, bytes, blocks, early_start, stream)
-                   : launch_kernel<T, BITS, TOKENS, GROUPS, PAIR, false>(a, is_bf16, bytes, blocks, early_start, stream);
+  const bool one_group = a.group_units % PrefillLayout<T, BITS, TOKENS, GROUPS>::halves == 0 && a.scale_is_bf16 == is_bf16;
+  return one_group ? launch_kernel<T, BITS, TOKENS, GROUPS, true>(a, is_bf16, bytes, blocks, early_start, stream)
+                   : launch_kernel<T, BITS, TOKENS, GROUPS, false>(a, is_bf16, bytes, blocks, early_start, stream);
 }
 
 template <class T, int BITS>
@@ -82,9 +82,7 @@ cudaError_t launch_plan(const PrefillArgs& a, bool is_bf16, const PrefillPlan& p
     case 8 * 64 + 2: return launch_tile<T, BITS, 64, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 64 + 4: return launch_tile<T, BITS, 64, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 128 + 4: return launch_tile<T, BITS, 128, 4>(a, is_bf16, bytes, blocks, early_start, stream);
-    case 8 * 256 + 2:
-      return plan.paired() ? launch_tile<T, BITS, 256, 2, true>(a, is_bf16, bytes, blocks, early_start, stream)
-                           : launch_tile<T, BITS, 256, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 256 + 2: return launch_tile<T, BITS, 256, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     default: return cudaErrorInvalidConfiguration;
   }
 }

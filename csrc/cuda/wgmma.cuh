@@ -33,13 +33,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
-// To the same place in both thread blocks of a cluster, counted by the barrier at the same place in each.
-__device__ __forceinline__ void tensor_copy_to_both(uint32_t shared, const CUtensorMap* map, int column, int row, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(3))
-      : "memory");
-}
 // The other way, from shared memory that copy_fence has covered: what lies outside of the tensor is left out.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, int column, int row, uint32_t shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
