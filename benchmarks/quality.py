@@ -35,7 +35,7 @@ GROUP = {"stories15M": 32, "smollm2-135m": 64}
 PAPER: dict[str, Any] = {"search": "minmax", "act_group_aware": False, "true_sequential": False}
 PLAIN: dict[str, Any] = {"quant_method": "gptq", "drift_correction": 0.0, "refine": 0}
 OWN: dict[str, Any] = {"own_samples": 256}
-LONG: dict[str, Any] = {"own_samples": 768, "iters": 500, "lookahead": 1}
+LONG: dict[str, Any] = {"own_samples": 768, "iters": 1000, "lookahead": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "RTN minmax": {"quant_method": "rtn", "search": "minmax"},
     "RTN": {"quant_method": "rtn"},

@@ -59,7 +59,8 @@ def candidates(m: int) -> list[list[int]]:
     plans: list[list[int]] = [[]]
     for tokens, groups in PREFILL:
         if m > 4 and tokens < 2 * m and tokens * 8 >= min(m, 1024):
-            plans += [[tokens, groups, 0, split] for split in SPLITS]
+            splits = SPLITS if m < 512 else SPLITS[:3] if m < 1024 else SPLITS[:2]
+            plans += [[tokens, groups, 0, split] for split in splits]
     if m <= 16:
         for k_warps, row_warps in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (2, 4)]:
             for stages in (2, 3, 4, 6):

@@ -73,29 +73,32 @@ inline int prefill_stages(PrefillPlan p, int bits, const Device& device) {
   return 0;
 }
 
-// Nanoseconds of one turn of a thread block, when its processor is full: measured on an H100 with 4 bits.
+// Nanoseconds of one turn of a thread block, when its processor is full: measured on an H200 with 4 bits.
 inline int64_t turn_time(const PrefillPlan& p) {
-  if (p.tokens == 256) return 720;
-  if (p.groups == 2) return p.tokens == 16 ? 729 : p.tokens == 32 ? 806 : 1042;
-  return p.tokens == 16 ? 753 : p.tokens == 32 ? 772 : p.tokens == 64 ? 940 : 1501;
+  if (p.tokens == 256) return 670;
+  if (p.groups == 2) return p.tokens == 16 ? 706 : p.tokens == 32 ? 809 : 1074;
+  return p.tokens == 16 ? 667 : p.tokens == 32 ? 773 : p.tokens == 64 ? 951 : 1370;
 }
 
-// Estimated nanoseconds of a product. The constants were fitted to a sweep over all plans of 4 shapes and 9 numbers of tokens;
-// its choices took at most 1 % more than the fastest plans together.
+// Estimated nanoseconds of a product. The constants were fitted to a sweep over all plans of 4 shapes and 12 numbers of tokens;
+// its choices took 0.1 % more than the fastest plans on the average.
 inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& device) {
   const int64_t blocks = divide(p, device.processors, a), slots = int64_t(p.residents()) * device.processors, area = p.tokens * p.groups;
-  const int64_t turns = PrefillPlan::turns(p.tokens, a.k_blocks), turn = turn_time(p);
+  const int64_t turns = PrefillPlan::turns(p.tokens, a.k_blocks);
+  const bool alone = p.split != 1 && p.residents() > 1 && blocks * std::max(1, p.split) <= device.processors;
+  const int64_t turn = alone ? turn_time(p) * 7 / 8 : turn_time(p);  // a lone thread block is faster
   if (p.split > 1) {
     // Clusters do not fill every processor: those of a GPC that do not make up a whole one stay idle.
     const int64_t usable = slots * (p.split < 4 ? 97 : 87) / 100 / p.split * p.split;
     const int64_t waves = (blocks * p.split + usable - 1) / usable, share = (turns + p.split - 1) / p.split * turn;
-    const bool alone = p.residents() > 1 && blocks * p.split <= device.processors;  // a lone thread block is faster
-    return 760 + waves * ((alone ? share * 5 / 6 : share) + 2150 + area * 63 / 5);
+    return 1230 + waves * (share + 2110 + area * 53 / 5);
   }
-  const int64_t rest = a.tiles - a.whole, share = (a.whole + blocks - 1) / blocks * turns + (rest * turns + blocks - 1) / blocks;
-  const int64_t exchange = rest > 0 ? 4070 + 4 * area * ((blocks + rest - 1) / rest) : 0;
-  const int64_t leave = PrefillPlan::box_bytes(p.tokens, p.groups) > 0 ? 1500 : 3570 + 2 * area;  // what a tile's results cost
-  return 760 + share * turn + leave * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
+  const int64_t rest = a.tiles - a.whole, whole = (a.whole + blocks - 1) / blocks * turns, shared = (rest * turns + blocks - 1) / blocks;
+  // Those who share stand at different inputs: what they read together is all of x and W, which the L2 cache may not hold.
+  const bool spread = int64_t(a.m) * a.k * 2 + int64_t(a.n) * a.k / 2 > 40'000'000;
+  const int64_t exchange = rest > 0 ? 3740 + 7 * area / 2 * ((blocks + rest - 1) / rest) : 0;
+  const int64_t leave = PrefillPlan::box_bytes(p.tokens, p.groups) > 0 ? 2400 : 2500;  // what a tile's results cost
+  return 1230 + (whole + (spread ? shared * 11 / 10 : shared)) * turn + leave * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
 }
 
 inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& device) {
@@ -126,7 +129,10 @@ inline Path choose_path(const PrefillArgs& a, int bits, const Device& device) {
   // Measured on an H200 from 1024 tokens on: dequantizing writes 1600 weights a nanosecond, and cuBLAS does 2950 multiply-adds
   // a nanosecond and processor.
   const int64_t weights = int64_t(a.n) * a.k, dense = weights / 1600 + weights / (2950 * device.processors) * a.m;
-  return a.m >= 1024 && dense < prefill_time(choose_prefill(a, bits, device), a, device) ? Path::dense : Path::prefill;
+  if (a.m < 1024) return Path::prefill;
+  const int64_t own = prefill_time(choose_prefill(a, bits, device), a, device);
+  // From half a millisecond on the clock falls under our load; under that of cuBLAS it has in `dense`.
+  return dense < (own > 500'000 ? own * 53 / 50 : own) ? Path::dense : Path::prefill;
 }
 
 }  // namespace woq

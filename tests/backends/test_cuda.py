@@ -145,11 +145,11 @@ def prefill_only() -> None:
         pytest.skip("wgmma is sm_90a's")
 
 
-TILES = [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)]  # tokens, row groups
+TILES = [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (256, 2)]  # tokens, row groups
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("split", [0, 1, 2, 3, 4, 8])
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_every_prefill_plan_gives_the_same_product(
@@ -166,13 +166,27 @@ def test_every_prefill_plan_gives_the_same_product(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES)
-def test_more_tiles_than_thread_blocks(tile: tuple[int, int]) -> None:
-    """Whole tiles in waves, then shares of what is left over, and an odd number of outputs."""
+@pytest.mark.parametrize("more", [5, 8])
+def test_more_tiles_than_thread_blocks(tile: tuple[int, int], more: int) -> None:
+    """Whole tiles in waves, then shares of what is left over; an odd number of outputs, and one that TMA can store."""
     prefill_only()
-    state, weight = prepared(WeightSpec(456, 64 * 4 * 61 + 5, 4, 128, True), torch.bfloat16)
+    state, weight = prepared(WeightSpec(456, 64 * 4 * 61 + more, 4, 128, True), torch.bfloat16)
     for tiles in (3, 6):
         x = tokens(tiles * tile[0] - 1, 456, torch.bfloat16, device="cuda")
-        assert_close(run(state, x, [*tile, 0, 1]), x, weight, rounded_weights=True)
+        for split in (0, 1):
+            assert_close(run(state, x, [*tile, 0, split]), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(128, 4), (256, 2)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_more_tokens_than_the_cache_holds(tile: tuple[int, int], bits: int) -> None:
+    """Tiles go through bands of tokens, the last one narrower than the others."""
+    prefill_only()
+    state, weight = prepared(WeightSpec(8192, 648, bits, 64, False), torch.bfloat16)
+    x = tokens(2600, 8192, torch.bfloat16, device="cuda")
+    for split in (0, 1):
+        assert_close(run(state, x, [*tile, 0, split]), x, weight, rounded_weights=True)
 
 
 @pytest.mark.gpu

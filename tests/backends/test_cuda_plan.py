@@ -33,11 +33,11 @@ int main() {
                 if (path == Path::prefill) {
                   const PrefillPlan p = choose_prefill(a, bits, device);
                   PrefillArgs cut = a;
-                  const int64_t blocks = divide(p, device.processors, cut), turns = (a.k_blocks + 1) / 2, rest = cut.tiles - cut.whole;
-                  // Whole tiles come in full waves; every thread block then has a turn of what is left, or nobody does.
-                  const bool shared_out = p.split > 1 ? rest == 0 && p.split <= turns
+                  const int64_t blocks = divide(p, device.processors, cut), turns = PrefillPlan::turns(p.tokens, a.k_blocks), rest = cut.tiles - cut.whole;
+                  // Where tiles are shared out, whole ones come in full waves, and every thread block then has a turn of what is left, or nobody.
+                  const bool shared_out = p.split != 1 ? rest == 0 && p.split <= turns
                                                       : rest >= 0 && cut.whole % blocks == 0 && (rest == 0 || rest * turns >= blocks);
-                  const bool fine = p.tokens >= 16 && p.tokens <= 128 && p.split >= 1 && p.split <= 8 && p.stages >= 2 && p.stages <= kMostStages &&
+                  const bool fine = p.tokens >= 16 && p.tokens <= 256 && p.split >= 0 && p.split <= 8 && p.stages >= 2 && p.stages <= kMostStages &&
                                     p.shared_bytes(bits) <= device.shared_limit / p.residents() && blocks >= 1 && shared_out;
                   if (!fine) { ++bad; std::printf("prefill: bits %d n %d k %d m %d: %d %d %d %d\n", bits, n, k, m, p.tokens, p.groups, p.stages, p.split); }
                 }
