@@ -162,7 +162,12 @@ ONE_OF_EACH = """
 using namespace woq;
 template __global__ void woq::decode_kernel<__nv_bfloat16, 4, 1, 4>(const __grid_constant__ DecodeArgs);
 #if KERNELS_OF_HOPPER
-template __global__ void woq::prefill_kernel<__nv_bfloat16, 4, 64, 4, 1>(const __grid_constant__ PrefillArgs, const __grid_constant__ CUtensorMap);
+#define PREFILL(TOKENS, GROUPS, ONE_GROUP) \\
+  template __global__ void woq::prefill_kernel<__nv_bfloat16, 4, TOKENS, GROUPS, ONE_GROUP>( \\
+      const __grid_constant__ PrefillArgs, const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap);
+PREFILL(64, 4, false)
+PREFILL(128, 4, true)
+PREFILL(256, 2, true)
 #endif
 """
 
