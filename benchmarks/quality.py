@@ -78,7 +78,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 CHOICES = {**METHODS, **ABLATION}
 COLUMNS = (
-    "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "windows",
+    "commit", "date", "machine", "torch", "model", "method", "sym", "bits", "group_size", "samples", "windows",
     "seed", "perplexity", "kl", "top1", "seconds",
 )  # fmt: skip
 
@@ -144,6 +144,9 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[42], help="for methods that draw random numbers"
     )
+    parser.add_argument(
+        "--samples", type=int, help="calibration windows to use; default: all, as the protocol says"
+    )
     parser.add_argument("--windows", type=int, help="test windows to use; default: all, as the protocol says")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", help="what to write in the CSV where there is no git checkout")
@@ -153,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokens = load_file(options.data / "quality" / f"{options.model}.safetensors")
-    calib, test = tokens["calib"].long(), tokens["test"].long()[: options.windows]
+    calib, test = tokens["calib"].long()[: options.samples], tokens["test"].long()[: options.windows]
     folder = options.folder or options.data / "models" / options.model
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.eval().requires_grad_(False).to(options.device)
@@ -163,6 +166,7 @@ def main() -> None:
         "machine": machine(options.device),
         "torch": torch.__version__,
         "model": options.model,
+        "samples": len(calib),
         "windows": len(test),
         "group_size": GROUP[options.model],
     }

@@ -244,7 +244,9 @@ class Tuning:
 
     def recorded_gradients(self, accumulated: int) -> Gradients:
         """`gradients`, as a CUDA graph where that pays. What reaches an expert decides over shapes, which a graph cannot."""
-        if any(isinstance(module, UnfusedExperts) for module in self.block.modules()):
+        following = self.inputs.following
+        blocks = [self.block] if following is None else [self.block, following.block]
+        if any(isinstance(module, UnfusedExperts) for block in blocks for module in block.modules()):
             return self.gradients
         hidden = self.inputs.hidden[0]
         weights = sum(offset.numel() for offset in self.offsets)
