@@ -9,8 +9,9 @@
 //
 //     split > 1    grid (split, tiles): the cluster spans x, each of its thread blocks takes a part of K, and the sums are
 //                  exchanged through distributed shared memory
-//     split == 1   grid (1, thread blocks that stay): whole tiles first, one wave after the other; what is left over is cut
-//                  into equal shares of turns, and a tile's last thread block adds up what the others left in memory
+//     split == 1   grid (1, thread blocks that stay): whole tiles first, one wave after the other; what is left over, if the plan
+//                  shares it out, is cut into equal shares of turns, and a tile's last thread block adds up what the others
+//                  left in memory
 //
 // Sums are added in a fixed order either way: results repeat to the bit.
 #pragma once
@@ -235,8 +236,8 @@ __device__ void exchange(const PrefillArgs& a, const float (&sums)[L::height][L:
 // Barrier of one multiplying warp group.
 __device__ __forceinline__ void join(int warp) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); }
 
-// A row group's part of a tile, by way of its box [128 tokens][64 rows], swizzled as TMA wants it: the copies to memory run while
-// the next tile is computed. Needs n % 8 == 0.
+// A warp group's rows of a tile, by way of a box [128 tokens][64 rows] for each of its row groups, swizzled as TMA wants it: the
+// copies to memory run while the next tile is computed. Needs n % 8 == 0.
 template <class T, class L>
 __device__ void send(const PrefillArgs& a, const CUtensorMap* y_map, const float (&sums)[L::height][L::tokens / 2], int row, int token, uint32_t base, int warp, int lane) {
   constexpr int pieces = PrefillPlan::box_tokens / 8, bytes = PrefillPlan::box_tokens * kBlock * 2;
