@@ -178,6 +178,15 @@ def test_more_tiles_than_thread_blocks(tile: tuple[int, int], more: int) -> None
 
 
 @pytest.mark.gpu
+def test_few_tokens_of_many_rows() -> None:
+    """Where the dispatch leaves decoding earlier."""
+    state, weight = prepared(WeightSpec(512, 201 * 64, 4, 128, True), torch.bfloat16)
+    for m in (4, 5, 8):
+        x = tokens(m, 512, torch.bfloat16, device="cuda")
+        assert_close(run(state, x, []), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tile", [(128, 4), (256, 2)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_more_tokens_than_the_cache_holds(tile: tuple[int, int], bits: int) -> None:
