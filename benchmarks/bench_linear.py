@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
                 )
                 try:
                     rows = list(measure(name, spec, dtype, args))
-                except (ImportError, NotImplementedError, ArithmeticError, RuntimeError) as error:
+                except (ImportError, NotImplementedError, ArithmeticError, RuntimeError, OSError) as error:
                     print(f"{name} {shape}: left out: {str(error)[:200]}", flush=True)
                     continue
                 for row in rows:
