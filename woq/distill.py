@@ -144,7 +144,10 @@ def _tune(
 
 
 def _divergence(model: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor | None, given: Tensor) -> Tensor:
-    """Mean KL(float || quantized) over the tokens of a batch, all of it on the model's device. What the head is given is trained, the head itself is not."""
+    """Mean KL(float || quantized) over the tokens of a batch, all of it on the model's device.
+
+    What the head is given is trained, the head itself is not.
+    """
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, _args, output: seen.append(output))
     try:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq import native
@@ -27,7 +26,7 @@ TOKENS = (1, 2, 3, 5, 8, 12, 13, 29, 131)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def library() -> None:
+def compiled_library() -> None:
     reason = native.why_not("cpu")
     if reason is not None:
         pytest.skip(f"no CPU kernels: {reason}")
@@ -263,7 +262,7 @@ def operands(state: CpuState, x: Tensor) -> tuple[object, ...]:
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_the_operator_is_well_registered(desc_act: bool) -> None:
     state = arrange(random_weight(WeightSpec(64, 16, 4, 32, False, desc_act)).pack())
-    opcheck(torch.ops.woq.cpu_linear.default, operands(state, torch.randn(3, 64)))
+    library.opcheck(torch.ops.woq.cpu_linear.default, operands(state, torch.randn(3, 64)))
 
 
 def test_inference_mode_and_compile() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq.backends.base import Target
@@ -267,7 +267,7 @@ def test_operator_is_well_behaved() -> None:
     x = tokens(4, 256, torch.bfloat16, device="cuda").requires_grad_()
     s = state
     args = (x, s.weight, s.scales, s.order, 128, s.bits, s.group_size, s.scale_is_bf16, True, [])
-    opcheck(torch.ops.woq.cuda_linear, args)
+    library.opcheck(torch.ops.woq.cuda_linear, args)
     torch.ops.woq.cuda_linear(*args).sum().backward()
     expected = weight.dequantize(torch.float32).sum(0).expand(4, -1)
     torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02)

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import decode_int4
@@ -72,15 +71,15 @@ def xpu_kernel() -> Iterator[None]:
         exact = decode_int4(weight.t(), group, scale, zp.expand(k // group, n))
         return (x.double() @ exact.t()).half()
 
-    library = Library("torch_ipex", "FRAGMENT")
-    library.define(
+    operators = library.Library("torch_ipex", "FRAGMENT")
+    operators.define(
         "mm_int4(Tensor input, Tensor weight, Tensor scale, Tensor zp, int gs, Tensor? g_idx=None) -> Tensor"
     )
-    library.impl("mm_int4", mm_int4, "CPU")
+    operators.impl("mm_int4", mm_int4, "CPU")
     try:
         yield
     finally:
-        library._destroy()
+        operators._destroy()
 
 
 @pytest.mark.parametrize("desc_act", [False, True], ids=["in order", "desc_act"])

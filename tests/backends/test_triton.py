@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -220,7 +220,7 @@ def test_the_operator_is_one_to_torch() -> None:
     state = arrange(weight)
     x = tokens(4, 512, torch.bfloat16, device="cuda").requires_grad_()
     arguments = (x, state.words, state.scales, state.zeros, state.order, state.bits, state.group_size)
-    opcheck(torch.ops.woq.triton_linear.default, arguments)
+    library.opcheck(torch.ops.woq.triton_linear.default, arguments)
     compiled = torch.compile(lambda x: TritonBackend().apply(x, state) * 2, fullgraph=True)
     assert torch.equal(compiled(x), TritonBackend().apply(x, state) * 2)
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 from tests.backends.test_cpu_torch import inputs, random_weight
 from tests.backends.xpu_standin import XpuKernels, decode_int4
@@ -192,13 +191,13 @@ def test_a_torch_without_the_kernel_is_asked(operator: str) -> None:
     target = Target(XPU, torch.bfloat16)
     told = load("xpu").why_not(spec, target)
     assert told is not None and f"has no XPU kernel for {operator}" in told
-    library = Library("aten", "IMPL")
+    operators = library.Library("aten", "IMPL")
     try:
-        library.impl(operator.removeprefix("aten::"), lambda *arguments: None, "XPU")
+        operators.impl(operator.removeprefix("aten::"), lambda *arguments: None, "XPU")
         assert has_kernel(operator)
         assert load("xpu").why_not(spec, target) is None
     finally:
-        library._destroy()
+        operators._destroy()
     assert not has_kernel(operator)
 
 

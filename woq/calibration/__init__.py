@@ -9,10 +9,11 @@ is said, never papered over.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
         raise CalibrationError(f"{num_samples=}, {seq_len=} and {batch_size=} must be at least 1")
     seq_len = _capped(seq_len, model)
     tokenizer = _loaded(tokenizer)
+    write = functools.partial(_written, seq_len, model, tokenizer)
     if source is None or (isinstance(source, str) and source == "self"):
         label = "text sampled from the model itself"
-        samples = _written(num_samples, seq_len, seed, model, tokenizer, progress)
+        samples = write(num_samples, seed, progress)
     else:
         label, records = open_source(source, seq_len)
         read = _Reader(tokenizer, vocabulary_size(model), num_samples, seq_len, padding)
@@ -98,19 +100,18 @@ def calibration_batches(  # noqa: PLR0913 - the knobs users know from INC, IPEX 
     pad = _pad_id(pad_token_id, tokenizer)
     batches = to_batches(samples, batch_size, pad, label)
     if own_samples:
-        written = _own_text(samples, own_samples, seq_len, seed, model, tokenizer, progress)
+        written = _own_text(write, samples, own_samples, seq_len, seed, progress)
         batches += to_batches(written, batch_size, pad, "the model itself")
     _report(batches, num_samples + own_samples, seq_len, model)
     return batches
 
 
 def _own_text(
+    write: Callable[..., list[Sample]],
     data: Sequence[Sample],
     count: int,
     seq_len: int,
     seed: int,
-    model: nn.Module | None,
-    tokenizer: Any,
     progress: Progress | None,
 ) -> list[Sample]:
     """In turn, samples that go on with some tokens of `data`, to stay with what the user cares for, and samples that begin
@@ -123,17 +124,17 @@ def _own_text(
     samples: list[Sample] = []
     if going_on:
         openings = openings_of(data, going_on, seq_len, seed)
-        samples = _written(going_on, seq_len, seed, model, tokenizer, after(0), openings)
-    begun = _written(count - going_on, seq_len, seed + 1, model, tokenizer, after(going_on))
+        samples = write(going_on, seed, after(0), openings)
+    begun = write(count - going_on, seed + 1, after(going_on))
     return [sample for pair in itertools.zip_longest(samples, begun) for sample in pair if sample is not None]
 
 
 def _written(
-    count: int,
     seq_len: int,
-    seed: int,
     model: nn.Module | None,
     tokenizer: Any,
+    count: int,
+    seed: int,
     progress: Progress | None,
     openings: Tensor | None = None,
 ) -> list[Sample]:
