@@ -94,12 +94,14 @@ def test_reloaded_is_quantized(arch: str, method: str, tiny_model: TinyModel, tm
     assert torch.allclose(expected, logits(dequantized(arch, model)), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, logits(tiny_model(arch)), atol=1e-3)  # and it is not the float model
     assert loaded.quantization_config == METHODS[method]
-    # bfloat16 on the best backend: as near as bfloat16 is. By the median token: a rounding more or less sends one of
-    # Mixtral's to another expert.
+    # bfloat16 on the best backend: as near as bfloat16 is, by the median token and by the norm. A rounding more or less sends a
+    # token of Mixtral's to another expert, which outweighs all others.
     bf16 = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", dtype="bfloat16")
     floats = dequantized(arch, model).to(torch.bfloat16)
-    off, usual = (float((logits(m).float() - expected).norm(dim=-1).median()) for m in (bf16, floats))
-    assert off <= 1.5 * usual
+    off, usual = ((logits(m).float() - expected).norm(dim=-1) for m in (bf16, floats))
+    assert off.median() <= 1.5 * usual.median()
+    if arch != "mixtral":
+        assert off.norm() <= 3 * usual.norm() + 1e-3 * expected.norm()
     for runner in (loaded, bf16):
         out = runner.generate(token_ids()[:, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert out.shape == (2, 9)

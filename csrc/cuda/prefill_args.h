@@ -25,7 +25,7 @@ struct PrefillPlan {
   // Blocks of a row group in a stage. Of the widest tile, one: x alone takes 32 KB of it.
   static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return tokens > 128 ? 1 : 2; }
   static constexpr WOQ_HOST_DEVICE int turns(int tokens, int k_blocks) { return (k_blocks + turn_blocks(tokens) - 1) / turn_blocks(tokens); }
-  // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: x is read from shared memory half as often.
+  // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: fewer instructions a multiplication.
   static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 ? 2 : groups; }
   // Of a row group in a stage: a group of inputs every 32, with zero points.
   static constexpr WOQ_HOST_DEVICE int scale_room(int tokens) { return 2 * turn_blocks(tokens) * 192; }
