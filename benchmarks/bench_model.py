@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -52,6 +54,7 @@ FIELDS = [
     "head",
     "compiled",
     "attention",
+    "launch",
     "layers",
     "phase",
     "tokens",
@@ -88,12 +91,44 @@ def grouped_attention(
     return y.reshape(batch, tokens, heads, size), None
 
 
+def multiplied_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one token as two products around a softmax: SDPA's kernels are made for many. Shapes as above."""
+    batch, heads, tokens, size = query.shape
+    if tokens > 1:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return result
+    scores = query.reshape(batch, key.shape[1], -1, size) @ key.transpose(-1, -2) * options["scaling"]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    y = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return y.reshape(batch, tokens, heads, size), None
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """argmax of [1, vocabulary] -> [1, 1], in two steps: a compiler gives one row to one thread block."""
+    parts = logits.view(math.gcd(logits.shape[-1], 256), -1)
+    best = parts.max(-1)
+    part = best.values.argmax(-1, keepdim=True)
+    return (part * parts.shape[1] + best.indices[part])[None]
+
+
 def llama(
     layers: int, hidden: int, vocabulary: int, device: str, attention: str = "sdpa"
 ) -> LlamaForCausalLM:
     """Llama-3-8B's shape for hidden == 4096, made on the device, weights of its initialisation."""
     AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
+    AttentionInterface.register("products", multiplied_attention)
+    for name in ("grouped", "products"):
+        AttentionMaskInterface.register(name, sdpa_mask)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
@@ -181,7 +216,7 @@ def decode_rates(
         logits = model(
             token, past_key_values=cache, cache_position=position, position_ids=position[None]
         ).logits
-        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        token.copy_(greedy(logits[:, -1]))
         position.add_(1)
 
     replay = compiled(step)
@@ -234,9 +269,15 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--attention",
-        choices=["sdpa", "grouped"],
+        choices=["sdpa", "grouped", "products"],
         default="sdpa",
-        help="grouped: a decoding step, compiled, does not repeat keys and values",
+        help="of a decoding step; grouped: SDPA that does not repeat keys and values; products: two of them and a softmax",
+    )
+    parser.add_argument(
+        "--launch",
+        choices=["usual", "early"],
+        default="usual",
+        help="early: the compiler's kernels too start before their predecessor has ended (programmatic launch)",
     )
     parser.add_argument("--apart", action="store_true", help="do not fuse linears that share an input")
     parser.add_argument("--commit", help="recorded in the CSV; by default asked of git")
@@ -268,6 +309,7 @@ def phases(model: LlamaForCausalLM, args: argparse.Namespace) -> Iterator[tuple[
 def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """The rows of the CSV, as they come; prints what they say."""
     commit = args.commit or current_commit()
+    inductor.triton.enable_pdl = args.launch == "early"
     if args.compile != "nothing":
         compile_small_parts()
     model = llama(args.layers, args.hidden, args.vocabulary, args.device, args.attention)
@@ -291,6 +333,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 "group_size": args.group_size,
                 "compiled": args.compile,
                 "attention": args.attention,
+                "launch": args.launch,
                 "layers": args.layers,
                 "phase": phase,
                 "tokens": tokens,
