@@ -62,12 +62,12 @@ def candidates(m: int) -> list[list[int]]:
             splits = SPLITS if m < 512 else SPLITS[:3] if m < 1024 else SPLITS[:2]
             plans += [[tokens, groups, 0, split] for split in splits]
     if m <= 16:
-        for k_warps, row_warps in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (2, 4)]:
-            for stages in (2, 3, 4, 6):
+        for k_warps, row_warps in [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (2, 4)]:
+            for stages in (2, 3, 4, 6, 8):
                 plans += [
                     [k_warps, row_warps, stages, split, blocks]
                     for split in (1, 2, 4, 8)
-                    for blocks in (0, 66)
+                    for blocks in (0, 66, 132)
                 ]
     return plans
 

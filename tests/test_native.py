@@ -160,7 +160,12 @@ ONE_OF_EACH = """
 #include "decode.cuh"
 #include "prefill.cuh"
 using namespace woq;
-template __global__ void woq::decode_kernel<__nv_bfloat16, 4, 1, 4>(const __grid_constant__ DecodeArgs);
+#define DECODE(TURN, BITS, UNITS) \\
+  template __global__ void woq::decode_kernel<__nv_bfloat16, TURN, BITS, UNITS>(const __grid_constant__ DecodeArgs);
+using Digits = DigitTurn<__nv_bfloat16, 3, 4>;
+using Floats = FloatTurn<__nv_bfloat16, 4, 1, 4>;
+DECODE(Digits, 3, 4)
+DECODE(Floats, 4, 4)
 #if KERNELS_OF_HOPPER
 #define PREFILL(TOKENS, GROUPS, ONE_GROUP) \\
   template __global__ void woq::prefill_kernel<__nv_bfloat16, 4, TOKENS, GROUPS, ONE_GROUP>( \\

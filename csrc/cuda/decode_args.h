@@ -30,6 +30,9 @@ struct DecodeArgs {
   int k_warps, row_warps, stages, split;  // the plan, see decode.cuh
 };
 
+// Whether products are of integers (decode_digits.cuh). Pairs of inputs must lie on 4 bytes.
+constexpr WOQ_HOST_DEVICE bool in_digits(const DecodeArgs& a) { return a.m <= 2 && a.k % 2 == 0; }
+
 // Blocks of weights that a warp multiplies each time it is handed a stage.
 constexpr WOQ_HOST_DEVICE int blocks_per_turn(int bits) { return bits == 8 ? 1 : 2; }
 
@@ -38,7 +41,7 @@ struct DecodeLayout {
   int stage_blocks;   // blocks of one row group in a stage
   int scale_offset;   // in a stage: weights of all row warps, then scales
   int scale_room;     // scales of one row group
-  int stage, ring, x, x_stride, partial, partial_stride, gather, total;
+  int stage, ring, x, x_stride, x_sums, x_units, partial, partial_stride, gather, total;
 
   WOQ_HOST_DEVICE static DecodeLayout of(int bits, const DecodeArgs& a) {
     DecodeLayout l;
@@ -49,8 +52,16 @@ struct DecodeLayout {
     l.stage = (l.scale_offset + a.row_warps * l.scale_room + 127) / 128 * 128;
     l.ring = 256;
     l.x = l.ring + a.stages * l.stage;
-    l.x_stride = slice * kBlock * 2 + 16;  // 16 bytes off a multiple of 128: ldmatrix rows fall into different banks
-    l.partial = l.x + (a.m * l.x_stride + 15) / 16 * 16;
+    if (in_digits(a)) {
+      const int pairs = (slice + 1) / 2 * a.m;  // of blocks, for every token
+      l.x_stride = 4 * a.m * kBlock;            // a block's digits
+      l.x_sums = l.x + (slice + 1) / 2 * 2 * l.x_stride;
+      l.x_units = l.x_sums + pairs * 16;
+      l.partial = l.x_units + (pairs * 4 + 15) / 16 * 16;
+    } else {
+      l.x_stride = slice * kBlock * 2 + 16;  // 16 bytes off a multiple of 128: ldmatrix rows fall into different banks
+      l.x_sums = l.x_units = l.partial = l.x + (a.m * l.x_stride + 15) / 16 * 16;
+    }
     l.partial_stride = rows + 4;           // 4 off a multiple of 32: a warp's stores fall into different banks
     l.gather = l.partial + a.k_warps * a.m * l.partial_stride * 4;
     l.total = l.gather + (a.split > 1 ? 2 * a.m * rows * 4 : 0);

@@ -8,9 +8,9 @@
 
 namespace woq {
 
-template <class T, int BITS, int TOKEN_TILES, int UNITS>
+template <class T, class Turn, int BITS, int UNITS>
 cudaError_t launch_one(const DecodeArgs& a, int row_blocks, bool hopper, bool early_start, cudaStream_t stream) {
-  const auto kernel = decode_kernel<T, BITS, TOKEN_TILES, UNITS>;
+  const auto kernel = decode_kernel<T, Turn, BITS, UNITS>;
   const int bytes = DecodeLayout::of(BITS, a).total;
   static std::atomic<uint64_t> raised{0};  // one bit a device: its shared-memory limit has been raised for this kernel
   int device = 0, limit = 0;
@@ -43,19 +43,21 @@ cudaError_t launch_one(const DecodeArgs& a, int row_blocks, bool hopper, bool ea
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 
-// Inputs that certainly share a scale: all 128 of a turn, a block of 64, or 32.
-template <class T, int BITS, int TOKEN_TILES>
-cudaError_t launch_by_group(const DecodeArgs& a, int row_blocks, bool hopper, bool early_start, cudaStream_t stream) {
-  if (a.group_units % 4 == 0 && blocks_per_turn(BITS) == 2) return launch_one<T, BITS, TOKEN_TILES, blocks_per_turn(BITS) == 2 ? 4 : 2>(a, row_blocks, hopper, early_start, stream);
-  if (a.group_units % 2 == 0) return launch_one<T, BITS, TOKEN_TILES, 2>(a, row_blocks, hopper, early_start, stream);
-  return launch_one<T, BITS, TOKEN_TILES, 1>(a, row_blocks, hopper, early_start, stream);
+template <class T, int BITS, int UNITS>
+cudaError_t launch_by_tokens(const DecodeArgs& a, int row_blocks, bool hopper, bool early_start, cudaStream_t stream) {
+  if (in_digits(a)) return launch_one<T, DigitTurn<T, BITS, UNITS>, BITS, UNITS>(a, row_blocks, hopper, early_start, stream);
+  if (a.m <= 8) return launch_one<T, FloatTurn<T, BITS, 1, UNITS>, BITS, UNITS>(a, row_blocks, hopper, early_start, stream);
+  if (a.m <= 16) return launch_one<T, FloatTurn<T, BITS, 2, UNITS>, BITS, UNITS>(a, row_blocks, hopper, early_start, stream);
+  return launch_one<T, FloatTurn<T, BITS, 4, UNITS>, BITS, UNITS>(a, row_blocks, hopper, early_start, stream);
 }
 
+// UNITS: inputs that certainly share a scale are all 128 of a turn, a block of 64, or 32.
 template <int BITS, class T>
 cudaError_t launch_typed(const DecodeArgs& a, int row_blocks, bool hopper, bool early_start, cudaStream_t stream) {
-  if (a.m <= 8) return launch_by_group<T, BITS, 1>(a, row_blocks, hopper, early_start, stream);
-  if (a.m <= 16) return launch_by_group<T, BITS, 2>(a, row_blocks, hopper, early_start, stream);
-  return launch_by_group<T, BITS, 4>(a, row_blocks, hopper, early_start, stream);
+  constexpr int all = 2 * blocks_per_turn(BITS);
+  if (a.group_units % all == 0) return launch_by_tokens<T, BITS, all>(a, row_blocks, hopper, early_start, stream);
+  if (a.group_units % 2 == 0) return launch_by_tokens<T, BITS, 2>(a, row_blocks, hopper, early_start, stream);
+  return launch_by_tokens<T, BITS, 1>(a, row_blocks, hopper, early_start, stream);
 }
 
 template <int BITS>

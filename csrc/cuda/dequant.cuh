@@ -13,8 +13,12 @@
 //
 // Word order within a lane (pair p = 4 j + i belongs to register i of the fragment of k-step j, 16 inputs each):
 //     4 bits: word j, pair i at bit 4 i                  2 bits: word j / 2, at bit 2 (4 (j % 2) + i)
-//     8 bits: word 2 j + i / 2, at bit 8 (i % 2)         3 bits: low two bits as 2 bits; then one word, top bit of pair p at bit p
+//     8 bits: word 2 j + i / 2, at bit 8 (i % 2)         3 bits: low two bits as 2 bits; then one word of top bits (top_bit)
 // Blocks are [t][lane][words] (3 bits: the two-bit plane, then the one-bit plane; 8 bits: [t][half][lane][4 words]).
+//
+// The same words serve integer products (mma.m16n8k32, 8 bits an element) with fewer instructions still: in a word under one
+// mask lie the codes of one row, a byte apart, and where the mask is not at the bottom of the bytes, all are multiplied by
+// one power of two, which leaves with the row's scale. See Bytes.
 #pragma once
 
 #include "decode_args.h"
@@ -56,6 +60,19 @@ struct Float16<__half> {
   }
 };
 
+// (a & b) | c in one instruction; the compiler makes two of it when b and c are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t shift(uint32_t word, int left) { return left >= 0 ? word << left : word >> -left; }
+
+// Three bits: where in a half of the last word the top bit of register i of k-step j lies. In each byte, as in those of the words
+// below it, are the bits of one j % 2; bits for one pair of registers are two apart, as their lower bits are.
+__device__ constexpr int top_bit(int j, int i) { return 8 * (j % 2) + 4 * (j / 2) + 2 * (i % 2) + i / 2; }
+
 template <class T, int BITS>
 struct Codes {
   static constexpr bool split = BITS > Float16<T>::mantissa;         // 8 bits in bf16: two nibbles
@@ -95,7 +112,7 @@ struct Codes {
         const int pair = 4 * (j & 1) + i;
         a[i] = place<2, BITS>(w[j / 2], 2 * pair, Float16<T>::mantissa - BITS);
         if constexpr (BITS == 3)
-          a[i] = and_or(shift(w[2], Float16<T>::mantissa - 1 - (4 * j + i)), 0x10001u << (Float16<T>::mantissa - 1), a[i]);
+          a[i] = and_or(shift(w[2], Float16<T>::mantissa - 1 - top_bit(j, i)), 0x10001u << (Float16<T>::mantissa - 1), a[i]);
       }
     }
   }
@@ -112,21 +129,47 @@ struct Codes {
   }
 
  private:
-  // (a & b) | c in one instruction; the compiler makes two of it when b and c are constants.
-  __device__ static uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-
-  __device__ static uint32_t shift(uint32_t word, int left) { return left >= 0 ? word << left : word >> -left; }
-
   // WIDTH-bit field of both halves of `word`, from bit `from` to bit `to`, under the exponent of 2^EXPONENT.
   template <int WIDTH, int EXPONENT>
   __device__ static uint32_t place(uint32_t word, int from, int to = Float16<T>::mantissa - WIDTH) {
     const uint32_t mask = (((1u << WIDTH) - 1) * 0x10001u) << to;
     constexpr uint32_t exponent = (uint32_t(Float16<T>::bias + EXPONENT) << Float16<T>::mantissa) * 0x10001u;
     return and_or(shift(word, to - from), mask, exponent);
+  }
+};
+
+// The same words as operands of integer products: A fragments of mma.m16n8k32, an unsigned byte an element.
+//
+// K-step s (0 or 1, 32 inputs) of a block. Which input a byte belongs to depends on the width alone, and x is laid out to match
+// (decode_digits.cuh): lane 4 r + c holds, in byte 2 e + b of register 2 v + upper, for row r + 8 upper the input
+//     16 j + 8 right + 2 c + e    with j = 2 s + v, right = b  for 4 and 8 bits,  j = 2 s + b, right = v  for 2 and 3
+// times 1 in the upper rows and `lower` in the lower ones.
+template <int BITS>
+struct Bytes {
+  static constexpr int lower = BITS == 4 ? 16 : BITS == 8 ? 1 : 4;
+  static constexpr bool right_in_byte = BITS >= 4;
+
+  __device__ static void fragment(uint32_t (&a)[4], const uint32_t (&w)[BITS == 8 ? 4 : BITS], int s) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if constexpr (BITS == 4) {
+        a[2 * v] = w[2 * s + v] & 0x0F0F0F0F;
+        a[2 * v + 1] = w[2 * s + v] & 0xF0F0F0F0;
+      } else if constexpr (BITS == 8) {  // the words of half a block
+        a[2 * v] = __byte_perm(w[2 * v], w[2 * v + 1], 0x6240);
+        a[2 * v + 1] = __byte_perm(w[2 * v], w[2 * v + 1], 0x7351);
+      } else {
+        const uint32_t word = w[s] >> (4 * v);
+        if constexpr (BITS == 2) {
+          a[2 * v] = word & 0x03030303;
+          a[2 * v + 1] = word & 0x0C0C0C0C;
+        } else {
+          const uint32_t top = shift(w[2], 2 - top_bit(2 * s, 2 * v));
+          a[2 * v] = and_or(word, 0x03030303, top & 0x04040404);
+          a[2 * v + 1] = and_or(word, 0x0C0C0C0C, top & 0x10101010);
+        }
+      }
+    }
   }
 };
 
@@ -138,5 +181,49 @@ constexpr int kZeroBytes = kBlock;
 __device__ __forceinline__ float scale_value(uint32_t bits16, bool is_bf16) {
   return is_bf16 ? __uint_as_float(bits16 << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits16)));
 }
+
+// A lane's scales and (offset + zero point)s of one group in TILES row tiles from `first` on: rows lane / 4 and lane / 4 + 8 of each.
+template <int TILES>
+struct GroupScales {
+  float scale[2 * TILES], zero[2 * TILES];
+
+  __device__ GroupScales(const DecodeArgs& a, const uint8_t* group, float offset, int first, int lane) {
+    uint32_t pairs[TILES];
+    copy_words(pairs, group + lane / 4 * 16 + first * 4);
+    if (a.scale_is_bf16) {
+#pragma unroll
+      for (int i = 0; i < 2 * TILES; ++i) scale[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000 : pairs[i / 2] << 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
+        scale[2 * i] = two.x, scale[2 * i + 1] = two.y;
+      }
+    }
+    if (a.scale_stride == kScaleBytes) {
+#pragma unroll
+      for (int i = 0; i < 2 * TILES; ++i) zero[i] = offset + a.symmetric_zero;
+    } else {
+      uint32_t bytes[TILES / 2];
+      copy_words(bytes, group + kScaleBytes + lane / 4 * 8 + first * 2);
+#pragma unroll
+      for (int i = 0; i < 2 * TILES; ++i) zero[i] = offset + float((bytes[i / 4] >> (8 * (i % 4))) & 255);
+    }
+  }
+
+ private:
+  template <int WORDS>
+  __device__ static void copy_words(uint32_t (&to)[WORDS], const uint8_t* from) {
+    if constexpr (WORDS == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    } else if constexpr (WORDS == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      to[0] = v.x, to[1] = v.y;
+    } else {
+      to[0] = *reinterpret_cast<const uint32_t*>(from);
+    }
+  }
+};
 
 }  // namespace woq

@@ -21,30 +21,36 @@ inline void apply(const DecodePlan& p, DecodeArgs& a) {
   a.k_warps = p.k_warps, a.row_warps = p.row_warps, a.stages = p.stages, a.split = p.split;
 }
 
-// Measured on an H200 with 4 bits, group 128: the first entry that a product does not exceed is its plan. `blocks` is the
+// Measured on an H200 with group 128: the first entry that a product does not exceed is its plan. `blocks` is the
 // number of thread blocks that stay and take one row item after the other, 0 for one item each.
 struct DecodeEntry {
-  int row_groups, k_blocks, tokens;
+  int bits, row_groups, k_blocks, tokens;
   int k_warps, row_warps, stages, split, blocks;
 };
 constexpr int kMostStages = 10;  // barriers have room for
 constexpr int kAny = 1 << 30;
 constexpr DecodeEntry kDecodeTable[] = {
+    // 4096 x 4096, 4096 x 14336, 6144 x 4096, 28672 x 4096, in digits
+    {2, 80, 128, 2, 8, 1, 3, 2, 0}, {2, 80, kAny, 2, 8, 1, 4, 2, 0}, {2, 200, kAny, 2, 4, 2, 4, 2, 0}, {2, kAny, kAny, 2, 2, 4, 4, 2, 132},
+    {3, 80, 128, 2, 8, 1, 3, 2, 0}, {3, 80, kAny, 2, 8, 1, 3, 2, 0}, {3, 200, kAny, 2, 8, 1, 2, 2, 0}, {3, kAny, kAny, 2, 2, 4, 3, 2, 132},
+    {4, 80, 128, 2, 8, 1, 2, 2, 0}, {4, 80, kAny, 2, 2, 2, 3, 8, 0}, {4, 200, kAny, 1, 2, 2, 4, 4, 0}, {4, 200, kAny, 2, 2, 2, 2, 8, 0},
+    {4, kAny, kAny, 1, 2, 2, 6, 2, 132}, {4, kAny, kAny, 2, 2, 4, 4, 1, 0},
+    {8, 80, 128, 2, 4, 1, 6, 2, 66}, {8, 80, kAny, 2, 8, 1, 4, 2, 0}, {8, 200, kAny, 2, 2, 2, 3, 8, 0}, {8, kAny, kAny, 2, 8, 1, 6, 2, 66},
     // 4096 x 4096
-    {80, 128, 1, 4, 1, 4, 4, 0}, {80, 128, 8, 2, 2, 2, 8, 0}, {80, 128, 32, 8, 1, 3, 2, 0},
+    {8, 80, 128, 4, 8, 1, 2, 2, 0}, {8, 80, 128, 8, 4, 1, 4, 2, 0}, {8, 80, 128, 32, 8, 1, 3, 2, 0},
     // 4096 x 14336
-    {80, kAny, 4, 8, 1, 3, 2, 0}, {80, kAny, 8, 4, 1, 4, 2, 0}, {80, kAny, 32, 2, 4, 3, 8, 0},
+    {8, 80, kAny, 4, 8, 1, 3, 2, 0}, {8, 80, kAny, 8, 4, 1, 4, 2, 0}, {8, 80, kAny, 32, 2, 4, 3, 8, 0},
     // 6144 x 4096
-    {200, kAny, 2, 4, 2, 3, 4, 0}, {200, kAny, 8, 2, 4, 2, 8, 0}, {200, kAny, 32, 2, 2, 2, 4, 0},
+    {8, 200, kAny, 4, 2, 2, 2, 8, 0}, {8, 200, kAny, 8, 2, 4, 2, 8, 0}, {8, 200, kAny, 32, 2, 2, 2, 4, 0},
     // 28672 x 4096
-    {kAny, kAny, 4, 2, 2, 4, 1, 0}, {kAny, kAny, 8, 4, 1, 4, 2, 66}, {kAny, kAny, 32, 4, 2, 3, 2, 66},
+    {8, kAny, kAny, 8, 2, 4, 4, 1, 0}, {8, kAny, kAny, 32, 4, 2, 3, 2, 66},
 };
 
 inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& device) {
   DecodePlan p = {8, 1, 4, 1, 0};
   if (device.capability >= 90) {
     const DecodeEntry* e = kDecodeTable;
-    while (a.row_groups > e->row_groups || a.k_blocks > e->k_blocks || a.m > e->tokens) ++e;
+    while (bits > e->bits || a.row_groups > e->row_groups || a.k_blocks > e->k_blocks || a.m > e->tokens) ++e;
     p = {e->k_warps, e->row_warps, e->stages, e->split, e->blocks};
   }
   while (p.split > 1 && p.split * 2 > a.k_blocks) p.split /= 2;
@@ -120,8 +126,7 @@ inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& 
 
 inline Path choose_path(const PrefillArgs& a, int bits, const Device& device) {
   const bool wgmma = device.capability == 90 && a.k % 8 == 0;  // TMA wants rows of x 16-byte aligned
-  // With many rows decoding loses earlier: on an H200 28672 x 4096 took 30.7 us at 8 tokens, prefill 27.2 at 16.
-  if (a.m <= (!wgmma ? 64 : a.row_groups > 200 ? 4 : 8)) {
+  if (a.m <= (wgmma ? 8 : 64)) {
     DecodeArgs one = a;
     one.m = std::min(a.m, 1);  // where shared memory cannot hold a single token of x, there is no decoding
     return choose_decode(one, bits, device).k_warps > 0 ? Path::decode : Path::dense;

@@ -340,7 +340,6 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
   const uint32_t base = __shfl_sync(~0u, (smem_address(unaligned) + 1023) & ~1023u, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-  launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
       barrier_init(base + full_barrier(i), GROUPS + (GROUPS % 4 != 0));
@@ -360,6 +359,7 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
   } else {
     registers_claim<L::registers>();
     dependency_wait();
+    launch_dependents();
     constexpr int step = TOKENS < 128 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
     constexpr int each = BITS == 8 ? 1 : 2;     // half blocks of codes loaded at a time
     const int tile = warp % 4, scale_place = lane / 4 * 4 + tile, group = warp / 4 * L::height;

@@ -64,6 +64,12 @@ __device__ __forceinline__ uint4 read<uint4>(Shared from) {
 }
 __device__ __forceinline__ void write(Shared to, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to.address), "r"(v) : "memory"); }
 template <>
+__device__ __forceinline__ float read<float>(Shared from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from.address) : "memory");
+  return v;
+}
+template <>
 __device__ __forceinline__ float4 read<float4>(Shared from) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from.address) : "memory");
@@ -99,6 +105,13 @@ template <>
 __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with bytes, A 16x32 unsigned, B 32x8 signed, D in int32.
+__device__ __forceinline__ void mma(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
@@ -218,7 +231,8 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
 }
 
 // --------------------------------------------------------------------------------- programmatic dependent launch
-// The next kernel of the stream may start now; it must not read our output before its own dependency_wait().
+// The next kernel of the stream may start now; it must not read our output before its own dependency_wait(). Called after
+// ours: then all that came before us has ended when it starts, which the kernels of torch.compile take for granted.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // Everything that earlier kernels of the stream wrote is visible after this.
 __device__ __forceinline__ void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

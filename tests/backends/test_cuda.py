@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import library
@@ -32,7 +34,8 @@ def code_at(block: torch.Tensor, bits: int, row: int, column: int) -> int:
     pair = 4 * step + register
     code = words[(tile * 32 + lane) * 2 + step // 2] >> (2 * (pair % 8) + 16 * e) & 3
     if bits == 3:
-        code |= (words[256 + tile * 32 + lane] >> (pair + 16 * e) & 1) << 2
+        top_bit = 8 * (step % 2) + 4 * (step // 2) + 2 * upper + right
+        code |= (words[256 + tile * 32 + lane] >> (top_bit + 16 * e) & 1) << 2
     return code
 
 
@@ -46,6 +49,53 @@ def test_layout_is_what_the_kernels_document(bits: int) -> None:
         for column in range(row % 5, k, 5):
             block = packed[row // 64, column // 64]
             assert code_at(block, bits, row % 64, column % 64) == codes[row, column]
+
+
+def byte_fragment(block: torch.Tensor, bits: int, step: int, tile: int, lane: int) -> list[list[int]]:
+    """Four registers of four bytes, made as Bytes::fragment of csrc/cuda/dequant.cuh makes them."""
+    words = [int(w) & 0xFFFFFFFF for w in block]
+
+    def split(word: int) -> list[int]:
+        return [word >> (8 * i) & 255 for i in range(4)]
+
+    registers = []
+    for v in range(2):
+        if bits == 4:
+            word = words[(tile * 32 + lane) * 4 + 2 * step + v]
+            registers += [split(word & 0x0F0F0F0F), split(word & 0xF0F0F0F0)]
+        elif bits == 8:
+            first = ((2 * tile + step) * 32 + lane) * 4 + 2 * v
+            one, two = split(words[first]), split(words[first + 1])
+            registers += [[one[u], two[u], one[u + 2], two[u + 2]] for u in range(2)]
+        else:
+            word = words[(tile * 32 + lane) * 2 + step] >> (4 * v)
+            top = words[256 + tile * 32 + lane] if bits == 3 else 0
+            shift = 2 - (4 * step + v)
+            top = top << shift if shift >= 0 else top >> -shift
+            registers += [
+                split(word & 0x03030303 | top & 0x04040404),
+                split(word & 0x0C0C0C0C | top & 0x10101010),
+            ]
+    return registers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_are_operands_of_integer_products(bits: int) -> None:
+    """Every byte of a register is a code of one row, times one power of two, of the input that x's digits assume."""
+    codes = torch.randint(
+        0, 1 << bits, (64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    block = pack_weight(codes, bits)[0, 0]
+    lower = {2: 4, 3: 4, 4: 16, 8: 1}[bits]
+    for step, tile, lane in itertools.product(range(2), range(4), range(32)):
+        for register, found in enumerate(byte_fragment(block, bits, step, tile, lane)):
+            v, upper = register // 2, register % 2
+            for byte, value in enumerate(found):
+                e, b = byte // 2, byte % 2
+                j, right = (2 * step + v, b) if bits >= 4 else (2 * step + b, v)
+                column = 16 * j + 8 * right + 2 * (lane % 4) + e
+                code = int(codes[16 * tile + 8 * upper + lane // 4, column])
+                assert value == code * (lower if upper else 1)
 
 
 def test_scales_of_a_thread_are_neighbours() -> None:
@@ -178,15 +228,6 @@ def test_more_tiles_than_thread_blocks(tile: tuple[int, int], more: int) -> None
 
 
 @pytest.mark.gpu
-def test_few_tokens_of_many_rows() -> None:
-    """Where the dispatch leaves decoding earlier."""
-    state, weight = prepared(WeightSpec(512, 201 * 64, 4, 128, True), torch.bfloat16)
-    for m in (4, 5, 8):
-        x = tokens(m, 512, torch.bfloat16, device="cuda")
-        assert_close(run(state, x, []), x, weight, rounded_weights=True)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("tile", [(128, 4), (256, 2)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_more_tokens_than_the_cache_holds(tile: tuple[int, int], bits: int) -> None:
@@ -225,6 +266,33 @@ def test_graph_replays_of_shared_tiles_on_two_streams() -> None:
         torch.cuda.synchronize()
         for i in range(2):
             assert all(torch.equal(y, expected[(turn + i) % 4]) for y in out[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_far_apart(dtype: torch.dtype, bits: int) -> None:
+    """Digits (csrc/cuda/decode_digits.cuh) are relative to the largest of 128 inputs: outliers must not drown the others."""
+    state, weight = prepared(WeightSpec(1024, 136, bits, 128, False), dtype)
+    for m in (1, 2, 3, 8):
+        x = tokens(m, 1024, dtype, device="cuda", seed=m)
+        x[:, 3::100] *= 3000
+        x[:, 512:640] = 0
+        x[:, 640:768] *= 2.0**-20
+        assert_close(run(state, x, []), x, weight, rounded_weights=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("m", [2, 5, 12])
+def test_what_is_not_finite_is_seen_in_its_token_alone(m: int, value: float) -> None:
+    state, _ = prepared(WeightSpec(512, 136, 4, 128, True), torch.bfloat16)
+    x = tokens(m, 512, torch.bfloat16, device="cuda")
+    expected = run(state, x, [])
+    x[1, 300] = value
+    y = run(state, x, [])
+    assert not torch.isfinite(y[1]).any()
+    assert torch.equal(y[[0, *range(2, m)]], expected[[0, *range(2, m)]])
 
 
 @pytest.mark.gpu

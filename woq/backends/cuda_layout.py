@@ -33,7 +33,8 @@ def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
     split = codes.view(rows, 4, 2, 8, columns, 4, 2, 4, 2)
     fragments = split.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(rows, columns, 4, 32, 16, 2)
     if bits == 3:  # a two-bit plane, then the top bits
-        planes = [_pack_fields(fragments & 3, 2), _pack_fields(fragments >> 2, 1)]
+        top = (fragments >> 2).unflatten(-2, (2, 2, 2, 2)).permute(0, 1, 2, 3, 5, 4, 7, 6, 8).flatten(-5, -2)
+        planes = [_pack_fields(fragments & 3, 2), _pack_fields(top, 1)]
         return torch.cat([plane.reshape(rows, columns, -1) for plane in planes], dim=-1)
     packed = _pack_fields(fragments, bits)
     if bits == 8:  # [tile][half][lane]: a thread reads 16 bytes at a time
