@@ -26,8 +26,9 @@ def test_packs_in_place_and_measures_both_phases() -> None:
     assert len(bench.prefill_times(model, 8, 2)) == 2
 
 
-def test_grouped_attention_is_attention() -> None:
-    models = [bench.llama(2, 512, 64, "cpu", attention).float() for attention in ("sdpa", "grouped")]
+@pytest.mark.parametrize("attention", ["grouped", "products"])
+def test_attention_of_one_token_is_attention(attention: str) -> None:
+    models = [bench.llama(2, 512, 64, "cpu", each).float() for each in ("sdpa", attention)]
     assert models[0].config.num_attention_heads > models[0].config.num_key_value_heads
     logits = []
     for model in models:
@@ -36,6 +37,12 @@ def test_grouped_attention_is_attention() -> None:
             prompt = model(torch.arange(4)[None], past_key_values=cache).logits
             logits.append([prompt, model(torch.tensor([[5]]), past_key_values=cache).logits])
     torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 1000, 1001, 128256])
+def test_the_best_token_is_the_best(vocabulary: int) -> None:
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    assert torch.equal(bench.greedy(logits), logits.argmax(-1, keepdim=True))
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, **options: object) -> Namespace:

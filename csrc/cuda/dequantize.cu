@@ -30,8 +30,9 @@ static __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const uin
   x += static_cast<int64_t>(blockIdx.x) * k, y += static_cast<int64_t>(blockIdx.x) * k;
   int j = begin + threadIdx.x, column = order[min(j, k - 1)];
 #if HOPPER
+  // The product may fetch its weights even now. It waits for us, and so for what we wait for, before it lets anything follow.
+  launch_dependents();
   dependency_wait();
-  launch_dependents();  // the product fetches its weights meanwhile
 #endif
   if (hold) {
     for (int i = threadIdx.x; i < k / 8; i += kGatherThreads) row[i] = reinterpret_cast<const uint4*>(x)[i];

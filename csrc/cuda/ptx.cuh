@@ -231,8 +231,8 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
 }
 
 // --------------------------------------------------------------------------------- programmatic dependent launch
-// The next kernel of the stream may start now; it must not read our output before its own dependency_wait(). Called after
-// ours: then all that came before us has ended when it starts, which the kernels of torch.compile take for granted.
+// The next kernel of the stream may start now; it must not read our output before its own dependency_wait(). A product calls this
+// after its own: then all that came before it has ended when the next one starts, which torch.compile's kernels take for granted.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // Everything that earlier kernels of the stream wrote is visible after this.
 __device__ __forceinline__ void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
