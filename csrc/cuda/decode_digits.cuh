@@ -114,6 +114,7 @@ struct DigitTurn {
       if (k < a.k) values[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(x + k);
   }
 
+  // The part's digits to shared memory; of its pair of blocks one thread writes the unit, and of a block one the sums.
   __device__ static void put(const DecodeArgs& a, const DecodeLayout& layout, uint8_t* shared, Part part, const uint32_t (&values)[4][2]) {
     const uint32_t pair = 0xFFu << (threadIdx.x & 24);
     const int block = part.block(), place = block / 2 * a.m + part.token;
