@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from woq.checkpoint import FolderFormat, quantization_dict
@@ -63,6 +66,23 @@ def test_rules_for_layers_that_differ() -> None:
         (8, 32, True, "int"),
         (4, -1, True, "int"),
     ]
+
+
+NAMES = ["a.up", "a.down", "b.up", "b.up.0", "c+d"]
+RULES = ["+:^a\\.up$", "^a\\.up$", "^a\\.down$", "+:.*up", "-:a.*", "+:^b\\.up$", "+:b", "+:^c\\+d$", "+:^a.up$", "+:c"]
+
+
+@example(["+:^a\\.up$", "^a\\.up$", "+:b"])
+@given(st.lists(st.sampled_from(RULES), unique=True))
+def test_the_first_matching_rule_holds(rules: list[str]) -> None:
+    dynamic = {
+        rule: {"bits": 2 + place % 7, "group_size": 32 * (place + 1)} for place, rule in enumerate(rules)
+    }
+    read = FolderFormat.parse({**STANDARD, "dynamic": dynamic}, WHERE)
+    for name in NAMES:
+        matching = [r for r in rules if not r.startswith("-:") and re.match(r.removeprefix("+:"), name)]
+        expected = dynamic[matching[0]] if matching else STANDARD
+        assert read.settings(name)[:2] == (expected["bits"], expected["group_size"])
 
 
 def test_own_layouts_come_back() -> None:

@@ -8,9 +8,11 @@ the model's shapes before anything is allocated.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +188,34 @@ class FolderFormat:
         own = self.raw.get("woq")
         return config_from_dict(dict(own["config"])) if isinstance(own, Mapping) and "config" in own else None
 
+    @cached_property
+    def _rules(
+        self,
+    ) -> tuple[dict[str, tuple[int, Mapping[str, Any]]], list[tuple[int, re.Pattern[str], Any]]]:
+        """The rules of `dynamic` that set something, each with its place: those for one layer by its name, then the others.
+
+        A mixture of experts in several widths has a rule for each of its thousands of layers.
+        """
+        by_name: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        patterns = []
+        rules = (self.raw.get("dynamic") or {}).items()
+        for place, (rule, values) in enumerate((r, v) for r, v in rules if not r.startswith("-:")):
+            pattern = rule.removeprefix("+:")
+            name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+            if pattern == f"^{re.escape(name)}$":
+                by_name.setdefault(name, (place, values))
+            else:
+                patterns.append((place, re.compile(pattern), values))
+        return by_name, patterns
+
     def settings(self, name: str) -> tuple[int, int, bool, str]:
         """(bits, group_size, sym, data type) of layer `name`: the first matching rule of `dynamic` over the folder's own."""
         chosen: dict[str, Any] = {key: self.raw.get(key) for key in ("bits", "group_size", "sym")}
         chosen["data_type"] = self.data_type
-        for rule, values in (self.raw.get("dynamic") or {}).items():
-            if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-                chosen.update(values)
-                break
+        by_name, patterns = self._rules
+        place, values = by_name.get(name, (sys.maxsize, {}))
+        earlier = (rule[2] for rule in patterns if rule[0] < place and rule[1].match(name))
+        chosen.update(next(earlier, values))
         sym = chosen["sym"]
         settings = int(chosen["bits"]), int(chosen["group_size"]), True if sym is None else bool(sym)
         return *settings, str(chosen["data_type"])
