@@ -68,49 +68,50 @@ BF16 = torch.bfloat16
 Step = Callable[[], None]
 
 
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' "sdpa", which does not repeat keys and values for one token even where it is compiled.
+def of_one_token(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """transformers' "sdpa", but for a decoding step `attend`, which need not repeat keys and values.
 
-    query [batch, heads, tokens, size], key and value [batch, fewer heads, length, size] -> [batch, tokens, heads, size]
+    attend(rows [batch, fewer heads, queries of a key, size], key, value [batch, fewer heads, length, size], mask, scaling)
+    -> as `rows`
     """
-    batch, heads, tokens, size = query.shape
-    if tokens > 1:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
-        )
-        return result
-    rows = query.reshape(batch, key.shape[1], -1, size)
-    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=options["scaling"])
-    return y.reshape(batch, tokens, heads, size), None
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        batch, heads, tokens, size = query.shape
+        if tokens > 1:
+            result: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **options
+            )
+            return result
+        rows = query.reshape(batch, key.shape[1], -1, size)
+        y = attend(rows, key, value, attention_mask, options["scaling"])
+        return y.reshape(batch, tokens, heads, size), None
+
+    return attention
 
 
+@of_one_token
+def grouped_attention(
+    rows: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
+
+
+@of_one_token
 def multiplied_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one token as two products around a softmax: SDPA's kernels are made for many. Shapes as above."""
-    batch, heads, tokens, size = query.shape
-    if tokens > 1:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
-        )
-        return result
-    scores = query.reshape(batch, key.shape[1], -1, size) @ key.transpose(-1, -2) * options["scaling"]
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    y = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return y.reshape(batch, tokens, heads, size), None
+    rows: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Two products around a softmax: SDPA's kernels are made for many tokens."""
+    scores = rows @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def greedy(logits: Tensor) -> Tensor:
