@@ -35,7 +35,7 @@ constexpr DecodeEntry kDecodeTable[] = {
     {3, 80, 128, 2, 8, 1, 3, 2, 0}, {3, 80, kAny, 2, 8, 1, 3, 2, 0}, {3, 200, kAny, 2, 8, 1, 2, 2, 0}, {3, kAny, kAny, 2, 2, 4, 3, 2, 132},
     {4, 80, 128, 2, 8, 1, 2, 2, 0}, {4, 80, kAny, 2, 2, 2, 3, 8, 0}, {4, 200, kAny, 1, 2, 2, 4, 4, 0}, {4, 200, kAny, 2, 2, 2, 2, 8, 0},
     {4, kAny, kAny, 1, 2, 2, 6, 2, 132}, {4, kAny, kAny, 2, 2, 4, 4, 1, 0},
-    {8, 80, 128, 2, 4, 1, 6, 2, 66}, {8, 80, kAny, 2, 8, 1, 4, 2, 0}, {8, 200, kAny, 1, 2, 2, 3, 8, 0}, {8, 200, kAny, 2, 8, 1, 3, 2, 0}, {8, kAny, kAny, 2, 8, 1, 6, 2, 66},
+    {8, 80, 128, 2, 4, 1, 6, 2, 66}, {8, 80, kAny, 2, 8, 1, 4, 2, 0}, {8, 200, kAny, 1, 2, 2, 3, 8, 0}, {8, 200, kAny, 2, 8, 1, 2, 2, 0}, {8, kAny, kAny, 2, 8, 1, 6, 2, 66},
     // 4096 x 4096
     {8, 80, 128, 4, 8, 1, 2, 2, 0}, {8, 80, 128, 8, 4, 1, 4, 2, 0}, {8, 80, 128, 32, 8, 1, 3, 2, 0},
     // 4096 x 14336
@@ -55,12 +55,14 @@ inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& dev
   }
   while (p.split > 1 && p.split * 2 > a.k_blocks) p.split /= 2;
   while (p.k_warps > 1 && (p.k_warps - 1) * blocks_per_turn(bits) * p.split >= a.k_blocks) p.k_warps /= 2;
-  // Where two thread blocks are to share a processor, zero points must not keep the second one out: a stage less, then.
-  const int all = (a.row_groups + p.row_warps - 1) / p.row_warps;
-  const bool two = device.capability >= 90 && (p.row_blocks == 0 ? all : std::min(p.row_blocks, all)) * p.split > device.processors;
-  const int half = (device.shared_limit + 1024) / 2 - 1024;
-  DecodeArgs trial = a;
-  for (apply(p, trial); two && p.stages > 2 && DecodeLayout::of(bits, trial).total > half; apply(p, trial)) --p.stages;
+  // Zero points must not cost a thread block that shares a processor without them: a stage less, then.
+  const auto residents = [&](const DecodeArgs& v) {
+    return std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 2 * kMaxWarps / (p.k_warps * p.row_warps));
+  };
+  DecodeArgs trial = a, symmetric = a;
+  apply(p, trial), apply(p, symmetric);
+  symmetric.scale_stride = 128;
+  for (const int wanted = residents(symmetric); p.stages > 2 && residents(trial) < wanted; apply(p, trial)) --p.stages;
   // A large slice of x takes more than there is: widen the split, then give up stages and warps.
   while (DecodeLayout::of(bits, trial).total > device.shared_limit) {
     if (device.capability >= 90 && p.split < 8) p.split *= 2;

@@ -47,13 +47,14 @@ int main() {
                 while (p.k_warps == 0 && a.m > 1) a.m /= 2, p = choose_decode(a, bits, device);
                 if (p.k_warps == 0) { ++unfit; continue; }
                 apply(p, a);
-                // Where two thread blocks share a processor without zero points, they do with them, or have as few stages as there can be.
+                // As many thread blocks share a processor with zero points as without, or they have as few stages as there can be.
                 DecodeArgs symmetric = a;
                 symmetric.scale_stride = 128;
-                const DecodePlan q = choose_decode(symmetric, bits, device);
-                apply(q, symmetric);
-                const auto pair = [&](const DecodeArgs& v) { return 2 * (DecodeLayout::of(bits, v).total + 1024) <= device.shared_limit + 1024; };
-                const bool shared = device.capability < 90 || q.row_blocks * q.split <= device.processors || !pair(symmetric) || pair(a) || p.stages == 2;
+                apply(choose_decode(symmetric, bits, device), symmetric);
+                const auto residents = [&](const DecodeArgs& v) {
+                  return std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 16 / (v.k_warps * v.row_warps));
+                };
+                const bool shared = p.stages == 2 || residents(a) >= residents(symmetric);
                 const bool fine = shared && DecodeLayout::of(bits, a).total <= device.shared_limit && p.k_warps * p.row_warps <= kMaxWarps &&
                                   power_of_two(p.row_warps) && power_of_two(p.split) && p.split <= 8 && 64 * p.row_warps / p.split >= 4 &&
                                   p.stages >= 2 && p.stages <= 10 && p.row_blocks >= 1 && (device.capability >= 90 || p.split == 1) &&
