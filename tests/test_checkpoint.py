@@ -69,7 +69,18 @@ def test_rules_for_layers_that_differ() -> None:
 
 
 NAMES = ["a.up", "a.down", "b.up", "b.up.0", "c+d"]
-RULES = ["+:^a\\.up$", "^a\\.up$", "^a\\.down$", "+:.*up", "-:a.*", "+:^b\\.up$", "+:b", "+:^c\\+d$", "+:^a.up$", "+:c"]
+RULES = [
+    "+:^a\\.up$",
+    "^a\\.up$",
+    "^a\\.down$",
+    "+:.*up",
+    "-:a.*",
+    "+:^b\\.up$",
+    "+:b",
+    "+:^c\\+d$",
+    "+:^a.up$",
+    "+:c",
+]
 
 
 @example(["+:^a\\.up$", "^a\\.up$", "+:b"])
