@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 NEW_TOKENS = 32
 MISSING = "cpu_gemm_wna16"
@@ -46,10 +46,10 @@ def stand_in() -> bool:
 
     if hasattr(torch.ops._C, MISSING):
         return False
-    library = torch.library.Library("_C", "FRAGMENT")
-    library.define(_SCHEMA)
-    library.impl(MISSING, reference, "CPU")
-    WorkerExtension.kept = library
+    fragment = library.Library("_C", "FRAGMENT")
+    fragment.define(_SCHEMA)
+    fragment.impl(MISSING, reference, "CPU")
+    WorkerExtension.kept = fragment
     return True
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from woq import codebooks, native
 from woq.backends.base import Backend, Target
@@ -171,4 +171,4 @@ def _register() -> None:
     def linear_shape(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(*x.shape[:-1], rest[5])
 
-    torch.library.register_fake("woq::cpu_linear", linear_shape)
+    library.register_fake("woq::cpu_linear", linear_shape)

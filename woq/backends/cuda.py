@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from woq import native
 from woq.backends.base import Backend, Target
@@ -150,8 +150,8 @@ def _register() -> None:
         like: Tensor = args[2]
         return like.new_empty(args[3], args[4])
 
-    torch.library.register_fake("woq::cuda_linear", linear_shape)
-    torch.library.register_fake("woq::cuda_dequantize", dense_shape)
+    library.register_fake("woq::cuda_linear", linear_shape)
+    library.register_fake("woq::cuda_dequantize", dense_shape)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output  # passed by name
@@ -165,4 +165,4 @@ def _register() -> None:
         state = CudaState(weight, scales, order, out_features, bits, group_size, scale_is_bf16)
         return (grad @ dequantize(state, grad, ctx.in_features), *[None] * 9)
 
-    torch.library.register_autograd("woq::cuda_linear", backward, setup_context=remember)
+    library.register_autograd("woq::cuda_linear", backward, setup_context=remember)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from woq.backends import triton_kernels as kernels
 from woq.backends.triton_layout import WIDTHS, TritonState, block_of, fits_kernels
@@ -172,7 +172,7 @@ def _plan(tokens: int, n: int, k: int, bits: int, group_size: int, half: bool, d
     return fitted(plan_for(known.name, bits, tokens, n, k), bits, known.shared)
 
 
-@torch.library.custom_op("woq::triton_linear", mutates_args=())
+@library.custom_op("woq::triton_linear", mutates_args=())
 def triton_linear(
     x: Tensor,
     words: Tensor,
@@ -195,7 +195,7 @@ def _(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[1].shape[1])  # scales [G, N]
 
 
-@torch.library.custom_op("woq::triton_dequantize", mutates_args=())
+@library.custom_op("woq::triton_dequantize", mutates_args=())
 def triton_dequantize(
     words: Tensor,
     scales: Tensor,
