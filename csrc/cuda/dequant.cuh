@@ -73,11 +73,14 @@ __device__ __forceinline__ uint32_t shift(uint32_t word, int left) { return left
 // below it, are the bits of one j % 2; bits for one pair of registers are two apart, as their lower bits are.
 __device__ constexpr int top_bit(int j, int i) { return 8 * (j % 2) + 4 * (j / 2) + 2 * (i % 2) + i / 2; }
 
-template <class T, int BITS>
+// AT: the bit of the mantissa at which codes (or nibbles) stand. At the top the offset is smallest, so sums of codes lose the
+// least; at 0 the first pair of a word needs no shift.
+template <class T, int BITS, int AT = Float16<T>::mantissa - (BITS > Float16<T>::mantissa ? 4 : BITS)>
 struct Codes {
   static constexpr bool split = BITS > Float16<T>::mantissa;         // 8 bits in bf16: two nibbles
   static constexpr int fragments = split ? 2 : 1;                    // MMAs a k-step
-  static constexpr float offset = split ? 272.f : float(1 << BITS);  // what the fragments add to every code
+  static constexpr int exponent = Float16<T>::mantissa - AT;         // 2^exponent + code
+  static constexpr float offset = float((split ? 17 : 1) << exponent);  // what the fragments add to every code
   static constexpr int words = BITS == 8 ? 4 : BITS;                 // held at a time: a block's, or half a block's for 8 bits
   static constexpr int block_bytes = kBlock * kBlock * BITS / 8;
 
@@ -95,24 +98,23 @@ struct Codes {
     }
   }
 
-  // The A fragment of k-step j (0..3) of the block: 2^b + code in every element, or one nibble's share of that.
+  // The A fragment of k-step j (0..3) of the block: 2^exponent + code in every element, or one nibble's share of that.
   template <int PART = 0>
   __device__ static void fragment(uint32_t (&a)[4], const uint32_t (&w)[words], int j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (BITS == 4) {
-        a[i] = place<4, 4>(w[j], 4 * i);
+        a[i] = place<4, exponent>(w[j], 4 * i);
       } else if constexpr (BITS == 8) {
         const uint32_t word = w[2 * (j & 1) + i / 2];
         const int bit = 8 * (i % 2);
-        if constexpr (!split) a[i] = place<8, 8>(word, bit);
-        else if constexpr (PART == 0) a[i] = place<4, 4>(word, bit);
-        else a[i] = place<4, 8>(word, bit + 4);
+        if constexpr (!split) a[i] = place<8, exponent>(word, bit);
+        else if constexpr (PART == 0) a[i] = place<4, exponent>(word, bit);
+        else a[i] = place<4, exponent + 4>(word, bit + 4);
       } else {
         const int pair = 4 * (j & 1) + i;
-        a[i] = place<2, BITS>(w[j / 2], 2 * pair, Float16<T>::mantissa - BITS);
-        if constexpr (BITS == 3)
-          a[i] = and_or(shift(w[2], Float16<T>::mantissa - 1 - top_bit(j, i)), 0x10001u << (Float16<T>::mantissa - 1), a[i]);
+        a[i] = place<2, exponent>(w[j / 2], 2 * pair);
+        if constexpr (BITS == 3) a[i] = and_or(shift(w[2], AT + 2 - top_bit(j, i)), 0x10001u << (AT + 2), a[i]);
       }
     }
   }
@@ -123,18 +125,18 @@ struct Codes {
       const auto v = Float16<T>::twice(float(zero));
       return *reinterpret_cast<const uint32_t*>(&v);
     } else {
-      constexpr uint32_t exponent = (uint32_t(Float16<T>::bias + BITS) << Float16<T>::mantissa) * 0x10001u;
-      return exponent | (zero * 0x10001u) << (Float16<T>::mantissa - BITS);
+      return power<exponent>() | (zero * 0x10001u) << AT;
     }
   }
 
  private:
-  // WIDTH-bit field of both halves of `word`, from bit `from` to bit `to`, under the exponent of 2^EXPONENT.
+  // 2^EXPONENT, twice.
+  template <int EXPONENT>
+  __device__ static constexpr uint32_t power() { return (uint32_t(Float16<T>::bias + EXPONENT) << Float16<T>::mantissa) * 0x10001u; }
+  // WIDTH-bit field of both halves of `word`, from bit `from` on, under the exponent of 2^EXPONENT.
   template <int WIDTH, int EXPONENT>
-  __device__ static uint32_t place(uint32_t word, int from, int to = Float16<T>::mantissa - WIDTH) {
-    const uint32_t mask = (((1u << WIDTH) - 1) * 0x10001u) << to;
-    constexpr uint32_t exponent = (uint32_t(Float16<T>::bias + EXPONENT) << Float16<T>::mantissa) * 0x10001u;
-    return and_or(shift(word, to - from), mask, exponent);
+  __device__ static uint32_t place(uint32_t word, int from) {
+    return and_or(shift(word, AT - from), (((1u << WIDTH) - 1) * 0x10001u) << AT, power<EXPONENT>());
   }
 };
 

@@ -88,8 +88,9 @@ inline int prefill_stages(PrefillPlan p, int bits, const Device& device) {
 // Nanoseconds of one turn of a thread block, when its processor is full: measured on an H200 with 4 bits.
 inline int64_t turn_time(const PrefillPlan& p) {
   if (p.tokens == 256) return 670;
-  if (p.groups == 2) return p.tokens == 16 ? 706 : p.tokens == 32 ? 809 : 1074;
-  return p.tokens == 16 ? 667 : p.tokens == 32 ? 773 : p.tokens == 64 ? 951 : 1370;
+  if (p.tokens == 128) return p.groups == 2 ? 730 : p.groups == 3 ? 1030 : 1370;
+  if (p.groups == 2) return p.tokens == 16 ? 660 : p.tokens == 32 ? 780 : 1050;
+  return p.tokens == 16 ? 650 : p.tokens == 32 ? 750 : 951;
 }
 
 // Estimated nanoseconds of a product. The constants were fitted to a sweep over all plans of 4 shapes and 12 numbers of tokens;
@@ -118,7 +119,7 @@ inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& 
   int64_t least = 0;
   for (int tokens = 16; tokens <= 256; tokens *= 2) {
     if (tokens > 16 && tokens >= 2 * a.m) break;
-    for (int groups = tokens == 128 ? 4 : 2; groups <= (tokens == 256 ? 2 : 4); groups += 2)
+    for (int groups = 2; groups <= (tokens == 256 ? 2 : 4); groups += tokens == 128 ? 1 : 2)
       for (int split = 0; split <= std::min(8, PrefillPlan::turns(tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
         PrefillPlan p = {tokens, groups, 0, split};
         p.stages = prefill_stages(p, bits, device);

@@ -31,7 +31,7 @@ struct PrefillLayout {
   static constexpr int tokens = TOKENS, groups = GROUPS, rows = GROUPS * kBlock, residents = PrefillPlan::residents(TOKENS, GROUPS);
   static constexpr int warp_groups = PrefillPlan::warp_groups(TOKENS, GROUPS), warps = 4 * warp_groups, threads = 32 * warps + 128;
   static constexpr int height = GROUPS / warp_groups;                // row groups of a warp group
-  static constexpr int registers = warp_groups > 2 ? 112 : residents > 1 ? 104 : 232;  // of a multiplying thread, after they are dealt out anew
+  static constexpr int registers = warp_groups == 4 ? 112 : warp_groups == 3 ? 160 : residents > 1 ? 104 : 232;  // of a multiplying thread, after they are dealt out anew
   static constexpr int turn_blocks = PrefillPlan::turn_blocks(TOKENS), halves = 2 * turn_blocks;  // of a stage; half: 32 inputs
   static constexpr int x_block = TOKENS * kBlock * 2, x_bytes = turn_blocks * x_block;
   static constexpr int weight_block = 512 * BITS, weight_bytes = turn_blocks * weight_block;
@@ -97,10 +97,10 @@ struct Place {
   }
 };
 
-// Exact code - zero, then one rounding with the scale. `zero` and `scale` hold a value twice.
+// code - zero, exactly, and if SCALED one rounding with the scale. `zero` and `scale` hold a value twice.
 template <class T, int BITS>
 struct Dequantizer {
-  using C = Codes<T, BITS>;
+  using C = Codes<T, BITS, 0>;
   using T2 = typename Float16<T>::Pair;
   uint32_t scale[2], zero[2];  // rows lane / 4 and lane / 4 + 8
 
@@ -126,6 +126,7 @@ struct Dequantizer {
     const bool symmetric = a.scale_stride == kScaleBytes;
     zero[0] = symmetric ? zero[0] : C::twice(s.zeros & 255), zero[1] = symmetric ? zero[1] : C::twice(s.zeros >> 8);
   }
+  template <bool SCALED>
   __device__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[C::words], int j) const {
     uint32_t low[4], high[4];
     C::fragment(low, words, j);
@@ -134,7 +135,8 @@ struct Dequantizer {
     for (int i = 0; i < 4; ++i) {
       T2 code = pair(low[i]);
       if constexpr (C::split) code = __hadd2(__hsub2(pair(high[i]), Float16<T>::twice(C::offset)), code);
-      a[i] = bits(__hmul2(__hsub2(code, pair(zero[i % 2])), pair(scale[i % 2])));
+      code = __hsub2(code, pair(zero[i % 2]));
+      a[i] = bits(SCALED ? __hmul2(code, pair(scale[i % 2])) : code);
     }
   }
 
@@ -326,14 +328,124 @@ __device__ void finish(const PrefillArgs& a, const CUtensorMap* y_map, const Sch
 }
 #endif
 
-// ONE_GROUP: the inputs of a turn lie in one group, whose scales have the activations' dtype; otherwise every 32 inputs' scales
-// are looked up and converted. No branches on that: the compiler gives up overlapping wgmma with what a branch may define.
+#if HOPPER_WGMMA
+// What a multiplying warp holds, and what it does in a turn. ONE_GROUP: the inputs of a turn lie in one group, whose scales have
+// the activations' dtype; otherwise every 32 inputs' scales are looked up and converted. No branches on that: the compiler gives
+// up overlapping wgmma with what a branch may define.
+//
+// With few tokens and ONE_GROUP scales come late: weights are (code - zero), a turn's sums of products are scaled, in fp32, when
+// the next begins. Fewer instructions than scaling weights, and none is rounded.
+template <class T, int BITS, class L, bool ONE_GROUP>
+struct Multiplier {
+  using C = Codes<T, BITS, 0>;
+  using D = Dequantizer<T, BITS>;
+  static constexpr bool late = ONE_GROUP && L::tokens <= 32;
+  static constexpr int step = L::height * L::tokens < 256 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
+  static constexpr int each = BITS == 8 ? 1 : 2;                    // half blocks of codes loaded at a time
+  static constexpr int sums_each = L::tokens / 2;                   // of a row group: rows lane / 4 and lane / 4 + 8 of every token, as wgmma has them
+
+  const PrefillArgs& a;
+  const int lane, tile, scale_place, group;  // 16 rows of each row group, where their scales lie; the warp group's first row group
+  D dequantizers[L::height];
+  typename D::Stored stored[L::height];
+  uint32_t words[2][L::height][C::words], fragments[2][L::height][2 * step][4];
+  float sums[L::height][sums_each];
+  float products[late ? sums_each : 1], late_scales[2];  // of the last turn; late implies a height of one
+
+  __device__ Multiplier(const PrefillArgs& a, int warp, int lane) 
+      : a(a), lane(lane), tile(warp % 4), scale_place(lane / 4 * 4 + warp % 4), group(warp / 4 * L::height) {
+#pragma unroll
+    for (int h = 0; h < L::height; ++h) dequantizers[h].begin(a);
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+#pragma unroll
+      for (int i = 0; i < sums_each; ++i) sums[h][i] = 0.f;
+    if constexpr (late) {
+#pragma unroll
+      for (int i = 0; i < sums_each; ++i) products[i] = 0.f;
+      late_scales[0] = late_scales[1] = 0.f;
+    }
+  }
+
+  // Turn number `turn` of the tile, from `stage`. `release` is called once the stage before it has been read.
+  template <class Release>
+  __device__ void run(uint32_t stage, int turn, Release release) {
+    load(words[0], stage, 0);
+    if (ONE_GROUP) enter<false>(stage, 0);
+    [[maybe_unused]] const int first_group = ONE_GROUP ? 0 : group_of(a, L::halves * turn);
+#pragma unroll
+    for (int half = 0; half < L::halves; ++half) {
+      const int set = half / step % 2, now = half / each % 2;
+      if (half % each == 0 && half + each < L::halves) load(words[1 - now], stage, half + each);
+      if (!ONE_GROUP) enter<true>(stage, min(group_of(a, L::halves * turn + half), a.groups - 1) - first_group);
+      if constexpr (late) {
+        if (half == 0) scale_products();
+        else if (half == step) wgmma_wait<1>();
+      } else if (half % step == 0) {
+        wgmma_wait<1>();  // this set of fragments has been read
+      }
+      if (half == (late ? 0 : step)) release();
+#pragma unroll
+      for (int h = 0; h < L::height; ++h)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) dequantizers[h].template fragment<!late>(fragments[set][h][2 * (half % step) + j], words[now][h], 2 * (half % 2) + j);
+      if (half % step == step - 1) multiply(fragments[set], stage, half + 1 - step);
+    }
+  }
+
+  // Nothing is under way any more, and the last stage has been read.
+  __device__ void end() {
+    if constexpr (late) scale_products();
+    else wgmma_wait<0>();
+  }
+
+ private:
+  __device__ void load(uint32_t (&to)[L::height][C::words], uint32_t stage, int half) const {
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+      C::load(to[h], Shared{stage + L::x_bytes + (group + h) * L::weight_bytes + half / 2 * L::weight_block}, tile, half % 2, lane);
+  }
+  // Scales and zero points of the stage's group `number`.
+  template <bool CONVERT>
+  __device__ void enter(uint32_t stage, int number) {
+#pragma unroll
+    for (int h = 0; h < L::height; ++h)
+      stored[h] = D::load(Shared{stage + L::scales + (group + h) * L::scale_room + number * a.scale_stride}, scale_place);
+#pragma unroll
+    for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<CONVERT>(a, stored[h]);
+  }
+  // The last turn's products are added to the sums, under that turn's scales; those of the one that begins take their place.
+  __device__ void scale_products() {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < sums_each; ++i) sums[0][i] += late_scales[i / 2 % 2] * products[i], products[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) late_scales[i] = Float16<T>::value(dequantizers[0].scale[i] & 0xFFFF);
+  }
+  __device__ void multiply(const uint32_t (&set)[L::height][2 * step][4], uint32_t stage, int half) {
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < 2 * step; ++j) {
+      const int k_step = 2 * half + j;
+      const uint64_t x = swizzled_operand(stage, k_step / 4 * L::x_block + k_step % 4 * 32);
+#pragma unroll
+      for (int h = 0; h < L::height; ++h) {
+        if constexpr (late) Wgmma<T, L::tokens>::run(products, set[h][j], x);
+        else Wgmma<T, L::tokens>::run(sums[h], set[h][j], x);
+      }
+    }
+    wgmma_commit();
+  }
+};
+#endif
+
 template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
 __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS>::residents)
     prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map) {
 #if HOPPER_WGMMA
-  using C = Codes<T, BITS>;
-  using D = Dequantizer<T, BITS>;
   using L = PrefillLayout<T, BITS, TOKENS, GROUPS>;
   extern __shared__ uint8_t unaligned[];
   // Through shuffles, or the compiler computes both anew wherever they are used.
@@ -356,88 +468,35 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
     // One warp a row group, because issuing copies is slow: one thread alone could not keep up.
     const int row = warp - L::warps;
     if (row <= GROUPS && elect()) fetch<L>(a, &x_map, base, row);
-  } else {
-    registers_claim<L::registers>();
-    dependency_wait();
-    launch_dependents();
-    constexpr int step = TOKENS < 128 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
-    constexpr int each = BITS == 8 ? 1 : 2;     // half blocks of codes loaded at a time
-    const int tile = warp % 4, scale_place = lane / 4 * 4 + tile, group = warp / 4 * L::height;
-    int slot = 0, previous = -1;
-    uint32_t parity = 0;
-    D dequantizers[L::height];
-    typename D::Stored stored[L::height];
-    uint32_t words[2][L::height][C::words];
-    float sums[L::height][TOKENS / 2];
-    uint32_t fragments[2][L::height][2 * step][4];
-#pragma unroll
-    for (int h = 0; h < L::height; ++h) dequantizers[h].begin(a);
-
-    const auto load = [&](uint32_t (&to)[L::height][C::words], uint32_t stage, int half) {
-#pragma unroll
-      for (int h = 0; h < L::height; ++h)
-        C::load(to[h], Shared{stage + L::x_bytes + (group + h) * L::weight_bytes + half / 2 * L::weight_block}, tile, half % 2, lane);
-    };
-    const auto load_scales = [&](uint32_t stage, int number) {
-#pragma unroll
-      for (int h = 0; h < L::height; ++h) stored[h] = D::load(Shared{stage + L::scales + (group + h) * L::scale_room + number * a.scale_stride}, scale_place);
-    };
-    Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
-    Piece p;
-    while (work.next(p)) {
-#pragma unroll
-      for (int h = 0; h < L::height; ++h)
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; ++i) sums[h][i] = 0.f;
-      for (int turn = p.begin; turn < p.end; ++turn) {
-        const uint32_t stage = base + 1024 + slot * L::stage;
-        barrier_wait(base + full_barrier(slot), parity);
-        load(words[0], stage, 0);
-        if (ONE_GROUP) {
-          load_scales(stage, 0);
-#pragma unroll
-          for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<false>(a, stored[h]);
-        }
-        [[maybe_unused]] const int first_group = ONE_GROUP ? 0 : group_of(a, L::halves * turn);
-#pragma unroll
-        for (int half = 0; half < L::halves; ++half) {
-          const int set = half / step % 2, now = half / each % 2;
-          if (half % each == 0 && half + each < L::halves) load(words[1 - now], stage, half + each);
-          if (!ONE_GROUP) {
-            load_scales(stage, min(group_of(a, L::halves * turn + half), a.groups - 1) - first_group);
-#pragma unroll
-            for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<true>(a, stored[h]);
-          }
-          if (half % step == 0) wgmma_wait<1>();  // this set of fragments has been read
-          if (half == step) {                     // and the stage before this one
-            if (previous >= 0 && lane == 0) barrier_arrive(base + empty_barrier(previous));
-            previous = slot;
-          }
-#pragma unroll
-          for (int h = 0; h < L::height; ++h)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) dequantizers[h].fragment(fragments[set][h][2 * (half % step) + j], words[now][h], 2 * (half % 2) + j);
-          if (half % step == step - 1) {
-            wgmma_begin();
-#pragma unroll
-            for (int j = 0; j < 2 * step; ++j) {
-              const int k_step = 2 * (half + 1 - step) + j;
-#pragma unroll
-              for (int h = 0; h < L::height; ++h)
-                Wgmma<T, TOKENS>::run(sums[h], fragments[set][h][j], swizzled_operand(stage, k_step / 4 * L::x_block + k_step % 4 * 32));
-            }
-            wgmma_commit();
-          }
-        }
-        if (++slot == a.stages) slot = 0, parity ^= 1;
-      }
-      wgmma_wait<0>();
-      if (lane == 0) barrier_arrive(base + empty_barrier(previous));
-      previous = -1;
-      finish<T, L>(a, &y_map, work, p, sums, base, warp, lane);
-    }
-    if (L::box > 0) bulk_wait();
+    return;
   }
+  registers_claim<L::registers>();
+  dependency_wait();
+  launch_dependents();
+  Multiplier<T, BITS, L, ONE_GROUP> multiplier(a, warp, lane);
+  Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
+  Piece p;
+  int slot = 0, previous = -1;
+  uint32_t parity = 0;
+  const auto release = [&] {
+    if (previous >= 0 && lane == 0) barrier_arrive(base + empty_barrier(previous));
+    previous = slot;
+  };
+  while (work.next(p)) {
+    multiplier.clear();
+    for (int turn = p.begin; turn < p.end; ++turn) {
+      // Through a shuffle, so that the addresses of operands are made in uniform registers, where wgmma wants them.
+      const uint32_t stage = __shfl_sync(~0u, base + 1024 + slot * L::stage, 0);
+      barrier_wait(base + full_barrier(slot), parity);
+      multiplier.run(stage, turn, release);
+      if (++slot == a.stages) slot = 0, parity ^= 1;
+    }
+    multiplier.end();
+    release();
+    previous = -1;
+    finish<T, L>(a, &y_map, work, p, multiplier.sums, base, warp, lane);
+  }
+  if (L::box > 0) bulk_wait();
 #endif
 }
 

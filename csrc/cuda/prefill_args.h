@@ -26,7 +26,7 @@ struct PrefillPlan {
   static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return tokens > 128 ? 1 : 2; }
   static constexpr WOQ_HOST_DEVICE int turns(int tokens, int k_blocks) { return (k_blocks + turn_blocks(tokens) - 1) / turn_blocks(tokens); }
   // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: fewer instructions a multiplication.
-  static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 ? 2 : groups; }
+  static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 && groups != 3 ? 2 : groups; }
   // Of a row group in a stage: a group of inputs every 32, with zero points.
   static constexpr WOQ_HOST_DEVICE int scale_room(int tokens) { return 2 * turn_blocks(tokens) * 192; }
   static constexpr WOQ_HOST_DEVICE int stage_bytes(int tokens, int groups, int bits) {

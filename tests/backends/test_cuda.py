@@ -195,7 +195,18 @@ def prefill_only() -> None:
         pytest.skip("wgmma is sm_90a's")
 
 
-TILES = [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (256, 2)]  # tokens, row groups
+TILES = [
+    (16, 2),
+    (16, 4),
+    (32, 2),
+    (32, 4),
+    (64, 2),
+    (64, 4),
+    (128, 2),
+    (128, 3),
+    (128, 4),
+    (256, 2),
+]  # tokens, row groups
 
 
 @pytest.mark.gpu
@@ -210,7 +221,8 @@ def test_every_prefill_plan_gives_the_same_product(
     for m in (tile[0] - 3, 2 * tile[0] + 1):
         x = tokens(m, 1096, torch.float16, device="cuda")
         y = run(state, x, [*tile, 0, split])
-        assert_close(y, x, weight, rounded_weights=True)
+        # With few tokens and a scale for a whole turn, sums are scaled and weights are not.
+        assert_close(y, x, weight, rounded_weights=tile[0] > 32 or group_size < 128)
         assert torch.equal(y, run(state, x, [*tile, 0, split])), "repeated runs differ"
 
 
@@ -228,7 +240,7 @@ def test_more_tiles_than_thread_blocks(tile: tuple[int, int], more: int) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(128, 4), (256, 2)])
+@pytest.mark.parametrize("tile", [(128, 2), (128, 3), (128, 4), (256, 2)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_more_tokens_than_the_cache_holds(tile: tuple[int, int], bits: int) -> None:
     """Tiles go through bands of tokens, the last one narrower than the others."""
