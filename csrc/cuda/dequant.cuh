@@ -13,8 +13,8 @@
 //
 // Word order within a lane (pair p = 4 j + i belongs to register i of the fragment of k-step j, 16 inputs each):
 //     4 bits: word j, pair i at bit 4 i                  2 bits: word j / 2, at bit 2 (4 (j % 2) + i)
-//     8 bits: word 2 j + i / 2, at bit 8 (i % 2)         3 bits: low two bits as 2 bits; then one word of top bits (top_bit)
-// Blocks are [t][lane][words] (3 bits: the two-bit plane, then the one-bit plane; 8 bits: [t][half][lane][4 words]).
+//     8 bits: word 2 j + i / 2, at bit 8 (i % 2)         3 bits: see Threes
+// Blocks are [t][lane][words] (3 bits: [t][lane][words 0 and 1], then [t][lane][word 2]; 8 bits: [t][half][lane][4 words]).
 //
 // The same words serve integer products (mma.m16n8k32, 8 bits an element) with fewer instructions still: in a word under one
 // mask lie the codes of one row, a byte apart, and where the mask is not at the bottom of the bytes, all are multiplied by
@@ -69,9 +69,17 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
 
 __device__ __forceinline__ uint32_t shift(uint32_t word, int left) { return left >= 0 ? word << left : word >> -left; }
 
-// Three bits: where in a half of the last word the top bit of register i of k-step j lies. In each byte, as in those of the words
-// below it, are the bits of one j % 2; bits for one pair of registers are two apart, as their lower bits are.
-__device__ constexpr int top_bit(int j, int i) { return 8 * (j % 2) + 4 * (j / 2) + 2 * (i % 2) + i / 2; }
+// Three bits: 24 of a lane's 32 codes are two to a byte, at bits 0 and 3. The other eight are in what that leaves of the bytes:
+// their lower two bits in words 0 and 1, their upper ones in word 2.
+//     pair 4 j + i, in byte j % 2 of both halves at bit 3 (i % 2):  word i / 2 for j < 2,  word 2 for j >= 2 and i < 2
+struct Threes {
+  __device__ static constexpr bool whole(int j, int i) { return j < 2 || i < 2; }
+  __device__ static constexpr int word(int j, int i) { return j < 2 ? i / 2 : 2; }
+  __device__ static constexpr int bit(int j, int i) { return 8 * (j % 2) + 3 * (i % 2); }
+  // Of the others: words i % 2 and 2.
+  __device__ static constexpr int lower_bits(int j) { return 8 * (j % 2) + 6; }
+  __device__ static constexpr int upper_bit(int j, int i) { return 8 * (j % 2) + 6 + i % 2; }
+};
 
 // AT: the bit of the mantissa at which codes (or nibbles) stand. At the top the offset is smallest, so sums of codes lose the
 // least; at 0 the first pair of a word needs no shift.
@@ -111,10 +119,13 @@ struct Codes {
         if constexpr (!split) a[i] = place<8, exponent>(word, bit);
         else if constexpr (PART == 0) a[i] = place<4, exponent>(word, bit);
         else a[i] = place<4, exponent + 4>(word, bit + 4);
+      } else if constexpr (BITS == 2) {
+        a[i] = place<2, exponent>(w[j / 2], 2 * (4 * (j & 1) + i));
+      } else if (Threes::whole(j, i)) {
+        a[i] = place<3, exponent>(w[Threes::word(j, i)], Threes::bit(j, i));
       } else {
-        const int pair = 4 * (j & 1) + i;
-        a[i] = place<2, exponent>(w[j / 2], 2 * pair);
-        if constexpr (BITS == 3) a[i] = and_or(shift(w[2], AT + 2 - top_bit(j, i)), 0x10001u << (AT + 2), a[i]);
+        const uint32_t lower = place<2, exponent>(w[i % 2], Threes::lower_bits(j));
+        a[i] = and_or(shift(w[2], AT + 2 - Threes::upper_bit(j, i)), 0x10001u << (AT + 2), lower);
       }
     }
   }
@@ -148,7 +159,7 @@ struct Codes {
 // times 1 in the upper rows and `lower` in the lower ones.
 template <int BITS>
 struct Bytes {
-  static constexpr int lower = BITS == 4 ? 16 : BITS == 8 ? 1 : 4;
+  static constexpr int lower = BITS == 8 ? 1 : 1 << BITS;
   static constexpr bool right_in_byte = BITS >= 4;
 
   __device__ static void fragment(uint32_t (&a)[4], const uint32_t (&w)[BITS == 8 ? 4 : BITS], int s) {
@@ -160,16 +171,15 @@ struct Bytes {
       } else if constexpr (BITS == 8) {  // the words of half a block
         a[2 * v] = __byte_perm(w[2 * v], w[2 * v + 1], 0x6240);
         a[2 * v + 1] = __byte_perm(w[2 * v], w[2 * v + 1], 0x7351);
+      } else if constexpr (BITS == 2) {
+        a[2 * v] = (w[s] >> (4 * v)) & 0x03030303;
+        a[2 * v + 1] = (w[s] >> (4 * v)) & 0x0C0C0C0C;
+      } else if (s == 0 || v == 0) {
+        a[2 * v] = w[s == 0 ? v : 2] & 0x07070707;
+        a[2 * v + 1] = w[s == 0 ? v : 2] & 0x38383838;
       } else {
-        const uint32_t word = w[s] >> (4 * v);
-        if constexpr (BITS == 2) {
-          a[2 * v] = word & 0x03030303;
-          a[2 * v + 1] = word & 0x0C0C0C0C;
-        } else {
-          const uint32_t top = shift(w[2], 2 - top_bit(2 * s, 2 * v));
-          a[2 * v] = and_or(word, 0x03030303, top & 0x04040404);
-          a[2 * v + 1] = and_or(word, 0x0C0C0C0C, top & 0x10101010);
-        }
+        a[2] = and_or(w[2] >> 4, 0x04040404, (w[0] >> 6) & 0x03030303);
+        a[3] = and_or(w[2] >> 2, 0x20202020, (w[1] >> 3) & 0x18181818);
       }
     }
   }

@@ -31,12 +31,14 @@ def code_at(block: torch.Tensor, bits: int, row: int, column: int) -> int:
     if bits == 8:
         word = words[((2 * tile + step // 2) * 32 + lane) * 4 + 2 * (step % 2) + register // 2]
         return word >> (8 * (register % 2) + 16 * e) & 255
-    pair = 4 * step + register
-    code = words[(tile * 32 + lane) * 2 + step // 2] >> (2 * (pair % 8) + 16 * e) & 3
-    if bits == 3:
-        top_bit = 8 * (step % 2) + 4 * (step // 2) + 2 * upper + right
-        code |= (words[256 + tile * 32 + lane] >> (top_bit + 16 * e) & 1) << 2
-    return code
+    if bits == 2:
+        return words[(tile * 32 + lane) * 2 + step // 2] >> (2 * (4 * (step % 2) + register) + 16 * e) & 3
+    first, second = words[(tile * 32 + lane) * 2 :][:2]
+    third, byte = words[256 + tile * 32 + lane], 8 * (step % 2) + 16 * e
+    if step < 2 or right == 0:
+        return (third if step >= 2 else second if right else first) >> (byte + 3 * upper) & 7
+    lower_bits = (second if upper else first) >> (byte + 6) & 3
+    return lower_bits | (third >> (byte + 6 + upper) & 1) << 2
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -67,15 +69,17 @@ def byte_fragment(block: torch.Tensor, bits: int, step: int, tile: int, lane: in
             first = ((2 * tile + step) * 32 + lane) * 4 + 2 * v
             one, two = split(words[first]), split(words[first + 1])
             registers += [[one[u], two[u], one[u + 2], two[u + 2]] for u in range(2)]
-        else:
+        elif bits == 2:
             word = words[(tile * 32 + lane) * 2 + step] >> (4 * v)
-            top = words[256 + tile * 32 + lane] if bits == 3 else 0
-            shift = 2 - (4 * step + v)
-            top = top << shift if shift >= 0 else top >> -shift
-            registers += [
-                split(word & 0x03030303 | top & 0x04040404),
-                split(word & 0x0C0C0C0C | top & 0x10101010),
-            ]
+            registers += [split(word & 0x03030303), split(word & 0x0C0C0C0C)]
+        else:
+            one, two, three = *words[(tile * 32 + lane) * 2 :][:2], words[256 + tile * 32 + lane]
+            if step == 0 or v == 0:
+                word = three if step else two if v else one
+                registers += [split(word & 0x07070707), split(word & 0x38383838)]
+            else:
+                registers.append(split(one >> 6 & 0x03030303 | three >> 4 & 0x04040404))
+                registers.append(split(two >> 3 & 0x18181818 | three >> 2 & 0x20202020))
     return registers
 
 
@@ -86,7 +90,7 @@ def test_words_are_operands_of_integer_products(bits: int) -> None:
         0, 1 << bits, (64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )
     block = pack_weight(codes, bits)[0, 0]
-    lower = {2: 4, 3: 4, 4: 16, 8: 1}[bits]
+    lower = {2: 4, 3: 8, 4: 16, 8: 1}[bits]
     for step, tile, lane in itertools.product(range(2), range(4), range(32)):
         for register, found in enumerate(byte_fragment(block, bits, step, tile, lane)):
             v, upper = register // 2, register % 2

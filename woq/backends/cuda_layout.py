@@ -26,16 +26,28 @@ def _pack_fields(codes: Tensor, width: int) -> Tensor:
     return packed
 
 
+def _pack_threes(codes: Tensor) -> Tensor:
+    """uint8 [R, C, 4, 32, 16 pairs, 2] -> uint8 [R, C, 1536]: a byte has two codes, and two of the bits of a third."""
+    pairs = codes.unflatten(-2, (2, 2, 2, 2)).movedim(-4, -1)  # [..., 32 inputs, right, upper, e, step % 2]
+    (first, second), (third, rest) = [half.unbind(-4) for half in pairs.unbind(-5)]
+    low, high = rest.unbind(-3)  # rows of the upper and of the lower half of a tile
+    tops = [low & 3, high & 3, low >> 2 | (high >> 2) << 1]
+    words = [
+        w[..., 0, :, :] | w[..., 1, :, :] << 3 | top << 6
+        for w, top in zip((first, second, third), tops, strict=True)
+    ]
+    planes = [torch.stack(words[:2], dim=-3), words[2]]
+    return torch.cat([plane.flatten(2) for plane in planes], dim=-1)
+
+
 def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
     """uint8 [64 R, 64 C] -> uint8 [R, C, 512 * bits]."""
     rows, columns = codes.shape[0] // BLOCK, codes.shape[1] // BLOCK
     # row = 16 tile + 8 upper + r; input = 16 step + 8 right + 2 c + e; lane = 4 r + c; register = 2 right + upper
     split = codes.view(rows, 4, 2, 8, columns, 4, 2, 4, 2)
     fragments = split.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(rows, columns, 4, 32, 16, 2)
-    if bits == 3:  # a two-bit plane, then the top bits
-        top = (fragments >> 2).unflatten(-2, (2, 2, 2, 2)).permute(0, 1, 2, 3, 5, 4, 7, 6, 8).flatten(-5, -2)
-        planes = [_pack_fields(fragments & 3, 2), _pack_fields(top, 1)]
-        return torch.cat([plane.reshape(rows, columns, -1) for plane in planes], dim=-1)
+    if bits == 3:
+        return _pack_threes(fragments).reshape(rows, columns, -1)
     packed = _pack_fields(fragments, bits)
     if bits == 8:  # [tile][half][lane]: a thread reads 16 bytes at a time
         packed = packed.view(rows, columns, 4, 32, 2, 16).transpose(3, 4)
