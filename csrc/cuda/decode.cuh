@@ -111,10 +111,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Turn::residents) decode_kernel
     if (warp == 0) fetch_stage<block_bytes>(a, layout, ahead, base, i, lane);
 #if HOPPER
   if (a.split > 1) cluster_arrive();
+#endif
+  const typename Turn::Order order(a, slice_begin, slice_end);
+#if HOPPER
   dependency_wait();
   launch_dependents();
 #endif
-  Turn::stage(a, layout, shared, base + kInputBarrier, slice_begin, slice_end);
+  Turn::stage(a, layout, shared, base + kInputBarrier, slice_begin, slice_end, order);
 #if HOPPER
   if (a.split > 1) cluster_wait();  // the cluster's other blocks have started: their shared memory may be written
 #endif

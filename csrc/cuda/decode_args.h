@@ -27,6 +27,7 @@ struct DecodeArgs {
   int scale_stride;             // bytes a group: 128, or 192 with zero points
   float symmetric_zero;         // 2^(bits-1)
   bool scale_is_bf16;
+  const int* order;             // [k]: the column of x that meets each column of the weight, or null (products in digits only)
   int k_warps, row_warps, stages, split;  // the plan, see decode.cuh
 };
 
@@ -41,14 +42,14 @@ struct DecodeLayout {
   int stage_blocks;   // blocks of one row group in a stage
   int scale_offset;   // in a stage: weights of all row warps, then scales
   int scale_room;     // scales of one row group
-  int stage, ring, x, x_stride, x_sums, x_units, partial, partial_stride, gather, total;
+  int stage, ring, x, x_stride, x_sums, x_units, partial, partial_stride, gather, x_whole, total;
 
   WOQ_HOST_DEVICE static DecodeLayout of(int bits, const DecodeArgs& a) {
     DecodeLayout l;
     const int rows = kBlock * a.row_warps, slice = (a.k_blocks + a.split - 1) / a.split;
     l.stage_blocks = a.k_warps * blocks_per_turn(bits);
     l.scale_offset = a.row_warps * l.stage_blocks * 512 * bits;
-    l.scale_room = (2 * l.stage_blocks / a.group_units + 2) * a.scale_stride;
+    l.scale_room = groups_of_stage(a, 2 * l.stage_blocks) * a.scale_stride;
     l.stage = (l.scale_offset + a.row_warps * l.scale_room + 127) / 128 * 128;
     l.ring = 256;
     l.x = l.ring + a.stages * l.stage;
@@ -64,8 +65,18 @@ struct DecodeLayout {
     }
     l.partial_stride = rows + 4;           // 4 off a multiple of 32: a warp's stores fall into different banks
     l.gather = l.partial + a.k_warps * a.m * l.partial_stride * 4;
-    l.total = l.gather + (a.split > 1 ? 2 * a.m * rows * 4 : 0);
+    l.x_whole = l.gather + (a.split > 1 ? 2 * a.m * rows * 4 : 0);  // with `order`, rows of x as they are
+    l.total = l.x_whole + (a.order != nullptr ? a.m * a.k * 2 : 0);
     return l;
+  }
+
+ private:
+  // Groups that a stage of `units` times 32 inputs may touch: one more at either end where slices do not begin with a group.
+  static constexpr WOQ_HOST_DEVICE int groups_of_stage(const DecodeArgs& a, int units) {
+    const bool begins = a.split == 1 || (a.k_blocks % a.split == 0 && 2 * (a.k_blocks / a.split) % a.group_units == 0);
+    if (begins && units % a.group_units == 0) return units / a.group_units;
+    if (begins && a.group_units % units == 0) return 1;
+    return units / a.group_units + 2;
   }
 };
 

@@ -42,14 +42,39 @@ struct DigitTurn {
     }
   };
 
+  // With act-order, the columns of x that a thread's part takes: those of the first part are read before x is waited for.
+  struct Order {
+    int part, columns[8][2];
+    __device__ Order(const DecodeArgs& a, int first, int last) : part(-1) {
+      if (a.order != nullptr) read(a, first, last, threadIdx.x % parts(first, last));
+    }
+    __device__ void read(const DecodeArgs& a, int first, int last, int column) {
+      if (part == column) return;
+      part = column;
+      const Part p{0, column};
+      int k = (first + p.block()) * kBlock + 2 * p.c();
+#pragma unroll
+      for (int i = 0; i < 8; ++i, k += 8) {
+        const int2 two = first + p.block() < last && k < a.k ? *reinterpret_cast<const int2*>(a.order + k) : make_int2(-1, -1);
+        columns[i][0] = two.x, columns[i][1] = two.y;
+      }
+    }
+  };
+
   // x[:, 64 first .. 64 last), zero beyond k, to shared memory: digits as [block][column][lane % 4][four words], and for every
-  // pair of blocks and token its `unit` and the sums of its four times 32 inputs, in units.
-  __device__ static void stage(const DecodeArgs& a, const DecodeLayout& layout, uint8_t* shared, uint32_t, int first, int last) {
-    const int columns = (last - first + 1) / 2 * 8;
+  // pair of blocks and token its `unit` and the sums of its four times 32 inputs, in units. `barrier` has not been used.
+  __device__ static void stage(const DecodeArgs& a, const DecodeLayout& layout, uint8_t* shared, uint32_t barrier, int first, int last, Order order) {
+    const int columns = parts(first, last);
+    if (a.order != nullptr) whole_rows(a, smem_address(shared) + layout.x_whole, barrier);
     Part part{int(threadIdx.x) / columns, int(threadIdx.x) % columns};
     while (part.token < a.m) {
       uint32_t values[4][2] = {};
-      if (first + part.block() < last) load(values, a, part.token, (first + part.block()) * kBlock + 2 * part.c());
+      if (a.order != nullptr) {
+        order.read(a, first, last, part.column);
+        load(values, order, Shared{smem_address(shared) + layout.x_whole + part.token * a.k * 2});
+      } else if (first + part.block() < last) {
+        load(values, a, part.token, (first + part.block()) * kBlock + 2 * part.c());
+      }
       put(a, layout, shared, part, values);
       for (part.column += blockDim.x; part.column >= columns; part.column -= columns) ++part.token;
     }
@@ -104,6 +129,8 @@ struct DigitTurn {
     __device__ int block() const { return column / 4; }
     __device__ int c() const { return column % 4; }
   };
+  // Of a token, a number of whole pairs of blocks.
+  __device__ static int parts(int first, int last) { return (last - first + 1) / 2 * 8; }
 
   // Pairs of inputs, from k on (which is even, as their number is) every eighth, zero beyond the last: [16 inputs each][first or
   // second eight].
@@ -112,6 +139,29 @@ struct DigitTurn {
 #pragma unroll
     for (int i = 0; i < 8; ++i, k += 8)
       if (k < a.k) values[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(x + k);
+  }
+
+  // The same from a row that is in shared memory, in the weight's order.
+  __device__ static void load(uint32_t (&values)[4][2], const Order& order, Shared row) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (order.columns[i][0] >= 0)
+        values[i / 2][i % 2] = read<uint16_t>(row + 2 * order.columns[i][0]) | uint32_t(read<uint16_t>(row + 2 * order.columns[i][1])) << 16;
+  }
+
+  // All of x to shared memory: any column may be wanted. Rows are multiples of 16 bytes.
+  __device__ static void whole_rows(const DecodeArgs& a, uint32_t to, uint32_t barrier) {
+#if HOPPER
+    if (threadIdx.x < 32) {
+      if (elect()) {
+        barrier_expect(barrier, a.m * a.k * 2);
+        for (int row = 0; row < a.m; ++row)
+          bulk_copy(to + row * a.k * 2, static_cast<const uint8_t*>(a.x) + static_cast<int64_t>(row) * a.k * 2, a.k * 2, barrier, keep_policy());
+      }
+      __syncwarp();
+    }
+    barrier_wait(barrier, 0);
+#endif
   }
 
   // The part's digits to shared memory; of its pair of blocks one thread writes the unit, and of a block one the sums.

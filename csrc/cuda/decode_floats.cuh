@@ -16,6 +16,10 @@ struct FloatTurn {
   static constexpr int tiles = TOKEN_TILES == 1 ? 4 : 2;      // row tiles at a time: what registers allow
   float total[kRowTiles][TOKEN_TILES][4];
 
+  struct Order {  // x is in the weight's order
+    __device__ Order(const DecodeArgs&, int, int) {}
+  };
+
   // Where this lane's operands of x lie. ldmatrix: lane l addresses row l % 8 (a token; rows past m repeat the last and are
   // dropped) and 8 inputs of matrix l / 8.
   struct Input {
@@ -27,7 +31,7 @@ struct FloatTurn {
   };
 
   // x[:, 64 first .. 64 last) to shared memory, zero beyond k. `barrier` has not been used.
-  __device__ static void stage(const DecodeArgs& a, const DecodeLayout& layout, uint8_t* shared, uint32_t barrier, int first, int last) {
+  __device__ static void stage(const DecodeArgs& a, const DecodeLayout& layout, uint8_t* shared, uint32_t barrier, int first, int last, const Order&) {
     const T* x = static_cast<const T*>(a.x);
     uint8_t* x_shared = shared + layout.x;
 #if HOPPER

@@ -19,8 +19,8 @@ struct DequantizeArgs {
 cudaError_t launch_dequantize(int bits, bool is_bf16, const DequantizeArgs& a, cudaStream_t stream);
 
 
-// to[i, j] = from[i, order[j]] for 16-bit elements [m, k]: act-order, once a product, so that the kernels proper only ever
-// see x in the weight's order.
+// to[i, j] = from[i, order[j]] for 16-bit elements [m, k]: act-order, once a product, for kernels that want x in the weight's
+// order (decoding in digits takes it as it is).
 cudaError_t launch_gather(const void* from, const int* order, void* to, int m, int k, bool early_start, cudaStream_t stream);
 
 }  // namespace woq

@@ -191,10 +191,13 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   woq::PrefillArgs a = describe(w, n, k, bits, group_size, scale_is_bf16);
   a.m = static_cast<int>(m);
   const woq::Path path = plan.size() == 5 ? woq::Path::decode : plan.size() == 4 ? woq::Path::prefill : woq::choose_path(a, static_cast<int>(bits), device);
-  if (order && m > 0) {
+  const int* columns = order ? static_cast<const int*>(order->data_ptr()) : nullptr;
+  if (columns != nullptr && path == woq::Path::decode && woq::reorders(a, columns, static_cast<int>(bits), device)) {
+    a.order = columns;
+  } else if (columns != nullptr && m > 0) {
     Tensor gathered = torch::stable::new_empty(x, {m, k});
     const bool early = early_start && device.capability >= 90;
-    check(woq::launch_gather(x.data_ptr(), static_cast<const int*>(order->data_ptr()), gathered.data_ptr(), int(m), int(k), early, stream), "gather");
+    check(woq::launch_gather(x.data_ptr(), columns, gathered.data_ptr(), int(m), int(k), early, stream), "gather");
     x = gathered;
   }
   if (path == woq::Path::dense)

@@ -53,16 +53,21 @@ inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& dev
     while (bits > e->bits || a.row_groups > e->row_groups || a.k_blocks > e->k_blocks || a.m > e->tokens) ++e;
     p = {e->k_warps, e->row_warps, e->stages, e->split, e->blocks};
   }
+  if (a.order != nullptr && p.split > 2) p = {8, 1, 3, 2, 0};  // every thread block of a cluster reads all of x
   while (p.split > 1 && p.split * 2 > a.k_blocks) p.split /= 2;
   while (p.k_warps > 1 && (p.k_warps - 1) * blocks_per_turn(bits) * p.split >= a.k_blocks) p.k_warps /= 2;
-  // Zero points must not cost a thread block that shares a processor without them: a stage less, then.
-  const auto residents = [&](const DecodeArgs& v) {
-    return std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 2 * kMaxWarps / (p.k_warps * p.row_warps));
+  // Thread blocks must not wait for a processor only because of zero points, or of x's rows if fewer stages prevent that.
+  const int items = (a.row_groups + p.row_warps - 1) / p.row_warps;
+  const int blocks = (p.row_blocks == 0 ? items : std::min(p.row_blocks, items)) * p.split;
+  const auto waves = [&](const DecodeArgs& v) {
+    const int residents = std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 2 * kMaxWarps / (p.k_warps * p.row_warps));
+    return residents == 0 ? kAny : (blocks - 1) / (residents * device.processors);
   };
-  DecodeArgs trial = a, symmetric = a;
-  apply(p, trial), apply(p, symmetric);
-  symmetric.scale_stride = 128;
-  for (const int wanted = residents(symmetric); p.stages > 2 && residents(trial) < wanted; apply(p, trial)) --p.stages;
+  DecodeArgs trial = a, plain = a;
+  apply(p, trial), apply(p, plain);
+  plain.scale_stride = 128;
+  if (a.order != nullptr) plain.stages = 2;
+  for (const int least = waves(plain); p.stages > 2 && waves(trial) > least; apply(p, trial)) --p.stages;
   // A large slice of x takes more than there is: widen the split, then give up stages and warps.
   while (DecodeLayout::of(bits, trial).total > device.shared_limit) {
     if (device.capability >= 90 && p.split < 8) p.split *= 2;
@@ -72,9 +77,15 @@ inline DecodePlan choose_decode(const DecodeArgs& a, int bits, const Device& dev
     else return {0, 0, 0, 0, 0};
     apply(p, trial);
   }
-  const int items = (a.row_groups + p.row_warps - 1) / p.row_warps;
-  p.row_blocks = p.row_blocks == 0 ? items : std::min(p.row_blocks, items);
+  const int rows = (a.row_groups + p.row_warps - 1) / p.row_warps;  // row_warps may have become fewer
+  p.row_blocks = p.row_blocks == 0 ? rows : std::min(p.row_blocks, rows);
   return p;
+}
+
+// Whether decoding takes x in the weight's order itself: rows of x beside what else is in shared memory, and bulk copies of them.
+inline bool reorders(DecodeArgs a, const int* order, int bits, const Device& device) {
+  a.order = order;
+  return in_digits(a) && a.k % 8 == 0 && device.capability >= 90 && choose_decode(a, bits, device).k_warps > 0;
 }
 
 // As many stages as fit, where two thread blocks share a processor into half of its memory; 0 if not even two do.

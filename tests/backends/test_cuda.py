@@ -312,8 +312,8 @@ def test_what_is_not_finite_is_seen_in_its_token_alone(m: int, value: float) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("k", [1000, 1001, 64, 72])
-@pytest.mark.parametrize("m", [1, 7, 20, 90])
+@pytest.mark.parametrize("k", [1000, 1001, 64, 72, 4096])
+@pytest.mark.parametrize("m", [1, 2, 7, 20, 90])
 def test_activation_order_and_ragged_inputs(k: int, m: int) -> None:
     state, weight = prepared(WeightSpec(k, 77, 4, 32, False, desc_act=True), torch.bfloat16)
     x = tokens(m, k, torch.bfloat16, device="cuda")
@@ -328,6 +328,18 @@ def test_a_very_wide_input_is_cut_into_fewer_tokens() -> None:
     x = tokens(32, 53248, torch.bfloat16, device="cuda")
     assert_close(run(state, x[:8], []), x[:8], weight, rounded_weights=False)
     assert_close(run(state, x, []), x, weight, rounded_weights=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [14336, 53248, 131072])
+def test_rows_of_a_wide_input_in_any_order(k: int) -> None:
+    """They lie beside the stages in shared memory where there is room, else they are gathered first."""
+    state, weight = prepared(WeightSpec(k, 128, 4, 128, True, desc_act=True), torch.bfloat16)
+    x = tokens(2, k, torch.bfloat16, device="cuda")
+    for m in (1, 2):
+        y = run(state, x[:m], [])
+        assert_close(y, x[:m], weight, rounded_weights=False)
+        assert torch.equal(y, run(state, x[:m], [])), "repeated runs differ"
 
 
 @pytest.mark.gpu
