@@ -22,6 +22,8 @@ from woq import native
 from woq.backends.cuda import CudaState, _register, dequantize
 
 PREFILL = [
+    (8, 2),
+    (8, 4),
     (16, 2),
     (16, 4),
     (32, 2),

@@ -18,6 +18,9 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
+#include "narrow.cuh"
 #include "prefill_args.h"
 #include "reduce.cuh"
 #include "wgmma.cuh"
@@ -33,6 +36,8 @@ struct PrefillLayout {
   static constexpr int height = GROUPS / warp_groups;                // row groups of a warp group
   static constexpr int registers = warp_groups == 4 ? 112 : warp_groups == 3 ? 160 : residents > 1 ? 104 : 232;  // of a multiplying thread, after they are dealt out anew
   static constexpr int turn_blocks = PrefillPlan::turn_blocks(TOKENS), halves = 2 * turn_blocks;  // of a stage; half: 32 inputs
+  static constexpr bool narrow = PrefillPlan::narrow(TOKENS);
+  static constexpr int shared_units = narrow ? halves / 2 : halves;  // times 32 inputs that must share scales for ONE_GROUP
   static constexpr int x_block = TOKENS * kBlock * 2, x_bytes = turn_blocks * x_block;
   static constexpr int weight_block = 512 * BITS, weight_bytes = turn_blocks * weight_block;
   static constexpr int scale_room = PrefillPlan::scale_room(TOKENS);
@@ -41,9 +46,10 @@ struct PrefillLayout {
   static constexpr int pieces = TOKENS / 8;                          // of 16 rows' sums: 8 tokens each, a float4 a lane
   static constexpr int box = PrefillPlan::box_bytes(TOKENS, GROUPS) / GROUPS;  // of a row group
 
-  // Offsets from the aligned base: barriers | ring | boxes, or sums of the cluster, which take the ring's place where they are large
+  // Offsets from the aligned base: barriers | ring | pairs' sums | boxes, or sums of the cluster, which take the ring's place where
+  // they are large
   static constexpr bool gather_apart = PrefillPlan::gather_apart(TOKENS, GROUPS);
-  __device__ static int gather(int stages) { return 1024 + (gather_apart ? stages * stage : 0); }
+  __device__ static int gather(int stages) { return 1024 + (gather_apart ? stages * stage + PrefillPlan::pair_bytes(TOKENS, GROUPS) : 0); }
 };
 
 #if HOPPER_WGMMA
@@ -339,6 +345,7 @@ template <class T, int BITS, class L, bool ONE_GROUP>
 struct Multiplier {
   using C = Codes<T, BITS, 0>;
   using D = Dequantizer<T, BITS>;
+  static constexpr bool at_once = false;
   static constexpr bool late = ONE_GROUP && L::tokens <= 32;
   static constexpr int step = L::height * L::tokens < 256 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
   static constexpr int each = BITS == 8 ? 1 : 2;                    // half blocks of codes loaded at a time
@@ -473,7 +480,15 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
   registers_claim<L::registers>();
   dependency_wait();
   launch_dependents();
-  Multiplier<T, BITS, L, ONE_GROUP> multiplier(a, warp, lane);
+  const auto multiplier_of = [&] {
+    if constexpr (L::narrow) {
+      const uint32_t pairs = base + 1024 + a.stages * L::stage + warp * 64 * TOKENS;
+      return NarrowMultiplier<T, BITS, L, ONE_GROUP>(a, unaligned + (base - smem_address(unaligned)), base, pairs, warp, lane);
+    } else {
+      return Multiplier<T, BITS, L, ONE_GROUP>(a, warp, lane);
+    }
+  };
+  auto multiplier = multiplier_of();
   Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
   Piece p;
   int slot = 0, previous = -1;
@@ -489,10 +504,14 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
       const uint32_t stage = __shfl_sync(~0u, base + 1024 + slot * L::stage, 0);
       barrier_wait(base + full_barrier(slot), parity);
       multiplier.run(stage, turn, release);
+      if constexpr (multiplier.at_once) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + empty_barrier(slot));
+      }
       if (++slot == a.stages) slot = 0, parity ^= 1;
     }
     multiplier.end();
-    release();
+    if constexpr (!multiplier.at_once) release();
     previous = -1;
     finish<T, L>(a, &y_map, work, p, multiplier.sums, base, warp, lane);
   }

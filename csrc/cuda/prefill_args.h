@@ -22,8 +22,10 @@ struct PrefillPlan {
   int tokens, groups, stages;
   int split;  // thread blocks of a cluster, which divide K: at most its turns; 1: none; 0: none, and no tile is shared out
 
+  // Whether tiles are multiplied by mma.sync (narrow.cuh).
+  static constexpr WOQ_HOST_DEVICE bool narrow(int tokens) { return tokens <= 8; }
   // Blocks of a row group in a stage. Of the widest tile, one: x alone takes 32 KB of it.
-  static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return tokens > 128 ? 1 : 2; }
+  static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return narrow(tokens) ? 4 : tokens > 128 ? 1 : 2; }
   static constexpr WOQ_HOST_DEVICE int turns(int tokens, int k_blocks) { return (k_blocks + turn_blocks(tokens) - 1) / turn_blocks(tokens); }
   // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: fewer instructions a multiplication.
   static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 && groups != 3 ? 2 : groups; }
@@ -39,10 +41,13 @@ struct PrefillPlan {
   static constexpr int box_tokens = 128;
   static constexpr WOQ_HOST_DEVICE int box_bytes(int tokens, int groups) { return tokens >= box_tokens ? groups * box_tokens * kBlock * 2 : 0; }
 
+  // What warps of a narrow tile hand each other: 16 rows' sums each.
+  static constexpr WOQ_HOST_DEVICE int pair_bytes(int tokens, int groups) { return narrow(tokens) ? groups * 4 * 64 * tokens : 0; }
+
   static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens >= 128 ? 1 : 2; }  // thread blocks a processor
   int residents() const { return residents(tokens, groups); }
   int shared_bytes(int bits) const {
-    const int ring = 1024 + stages * stage_bytes(tokens, groups, bits), parts = tokens / 2 * groups;  // 512 bytes each
+    const int ring = 1024 + stages * stage_bytes(tokens, groups, bits) + pair_bytes(tokens, groups), parts = tokens / 2 * groups;  // 512 bytes each
     if (split <= 1) return 1024 + ring + box_bytes(tokens, groups);
     const int sums = (parts + split - 1) / split * split * 512;
     return 1024 + (gather_apart(tokens, groups) ? ring + sums : ring > 1024 + sums ? ring : 1024 + sums);  // 1024 align the base

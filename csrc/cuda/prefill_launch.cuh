@@ -66,7 +66,8 @@ cudaError_t launch_kernel(const PrefillArgs& a, bool is_bf16, int bytes, int blo
 
 template <class T, int BITS, int TOKENS, int GROUPS>
 cudaError_t launch_tile(const PrefillArgs& a, bool is_bf16, int bytes, int blocks, bool early_start, cudaStream_t stream) {
-  const bool one_group = a.group_units % PrefillLayout<T, BITS, TOKENS, GROUPS>::halves == 0 && a.scale_is_bf16 == is_bf16;
+  using L = PrefillLayout<T, BITS, TOKENS, GROUPS>;
+  const bool one_group = a.group_units % L::shared_units == 0 && (L::narrow || a.scale_is_bf16 == is_bf16);
   return one_group ? launch_kernel<T, BITS, TOKENS, GROUPS, true>(a, is_bf16, bytes, blocks, early_start, stream)
                    : launch_kernel<T, BITS, TOKENS, GROUPS, false>(a, is_bf16, bytes, blocks, early_start, stream);
 }
@@ -75,6 +76,8 @@ template <class T, int BITS>
 cudaError_t launch_plan(const PrefillArgs& a, bool is_bf16, const PrefillPlan& plan, int blocks, bool early_start, cudaStream_t stream) {
   const int bytes = plan.shared_bytes(BITS);
   switch (8 * plan.tokens + plan.groups) {
+    case 8 * 8 + 2: return launch_tile<T, BITS, 8, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 8 + 4: return launch_tile<T, BITS, 8, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 16 + 2: return launch_tile<T, BITS, 16, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 16 + 4: return launch_tile<T, BITS, 16, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 32 + 2: return launch_tile<T, BITS, 32, 2>(a, is_bf16, bytes, blocks, early_start, stream);

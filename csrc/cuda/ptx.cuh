@@ -63,6 +63,9 @@ __device__ __forceinline__ uint4 read<uint4>(Shared from) {
   return v;
 }
 __device__ __forceinline__ void write(Shared to, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to.address), "r"(v) : "memory"); }
+__device__ __forceinline__ void write(Shared to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 template <>
 __device__ __forceinline__ float read<float>(Shared from) {
   float v;
