@@ -170,6 +170,7 @@ DECODE(Floats, 4, 4)
 #define PREFILL(TOKENS, GROUPS, ONE_GROUP) \\
   template __global__ void woq::prefill_kernel<__nv_bfloat16, 4, TOKENS, GROUPS, ONE_GROUP>( \\
       const __grid_constant__ PrefillArgs, const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap);
+PREFILL(8, 4, true)
 PREFILL(16, 4, true)
 PREFILL(64, 4, false)
 PREFILL(128, 3, true)

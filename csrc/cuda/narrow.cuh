@@ -1,4 +1,4 @@
-// Prefill's multiplication for tiles of up to 16 tokens: mma.sync on codes that are neither scaled nor rounded.
+// Prefill's multiplication for the narrowest tiles, of 8 tokens: mma.sync on codes that are neither scaled nor rounded.
 //
 // With so few tokens what counts is instructions a weight. wgmma wants each warp's 16 rows times all inputs of a turn, so every
 // code pair would need its zero point subtracted, and operands' addresses made; here the four warps of a warp group take two row
@@ -22,15 +22,15 @@ struct NarrowMultiplier {
 
   const PrefillArgs& a;
   const uint8_t* shared;  // where `base` is
-  const uint32_t base, exchange;
-  const int lane, group, part, first_tile;
+  const uint32_t base, pairs;  // pairs: where this warp hands sums over
+  const int lane, group, part, first_tile;  // part: which half of a turn's inputs; first_tile: of its rows
   uint32_t x_row;  // ldmatrix: this lane's row (a token) and 8 inputs of a block, swizzled
   float products[row_tiles][token_tiles][4], inputs[token_tiles][4], totals[row_tiles][token_tiles][4];
   float sums[1][L::tokens / 2];  // of 16 rows, as wgmma would leave them
 
-  __device__ NarrowMultiplier(const PrefillArgs& a, const uint8_t* shared, uint32_t base, uint32_t exchange, int warp, int lane)
-      : a(a), shared(shared), base(base), exchange(exchange), lane(lane), group(warp / 4), part(warp % 2), first_tile(warp / 2 % 2 * row_tiles),
-        x_row(lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16) {}
+  __device__ NarrowMultiplier(const PrefillArgs& a, const uint8_t* shared, uint32_t base, int warp, int lane)
+      : a(a), shared(shared), base(base), pairs(base + L::pairs(a.stages) + warp * 64 * L::tokens), lane(lane), group(warp / 4),
+        part(warp % 2), first_tile(warp / 2 % 2 * row_tiles), x_row(lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16) {}
 
   __device__ void clear() {
 #pragma unroll
@@ -57,14 +57,17 @@ struct NarrowMultiplier {
         if ((2 * b + half) % units == 0) begin_group();
 #pragma unroll
         for (int j = 0; j < 2; ++j) step(words, right, 2 * half + j);
-        if ((2 * b + half + 1) % units == 0) end_group(scales + (min(group_of(a, own_unit + (2 * b + half) / units * units), a.groups - 1) - first_group) * a.scale_stride);
+        if ((2 * b + half + 1) % units == 0) {
+          const int number = min(group_of(a, own_unit + (2 * b + half) / units * units), a.groups - 1) - first_group;
+          end_group(scales + number * a.scale_stride);
+        }
       }
     }
   }
 
   // A warp keeps the row tile that wgmma would give it, and hands the other to its neighbour, which has the same rows.
   __device__ void end() {
-    const uint32_t own = exchange + lane * 16, other = exchange + (1 - 2 * part) * token_tiles * 512 + lane * 16;
+    const uint32_t own = pairs + lane * 16, other = pairs + (1 - 2 * part) * token_tiles * 512 + lane * 16;
 #pragma unroll
     for (int c = 0; c < token_tiles; ++c) {
       const float* v = totals[0][c];

@@ -1,11 +1,9 @@
-// y = x W^T for more tokens than `decode` is good at, on sm_90a: wgmma with the weights as the operand held in registers.
+// y = x W^T for more tokens than `decode` is good at, on sm_90a.
 //
 // The transposed product again: a tile is 64 GROUPS rows of W times TOKENS tokens, 64 or 128 rows for each multiplying warp
-// group. A fetching warp a row group streams packed weights (bulk copies) and x (TMA, 128-byte swizzle) through a ring of stages;
-// each multiplying thread turns its codes into A fragments, exactly (code - zero), rounds them once with the scale to the
-// activations' dtype, and issues wgmma. Fragments are held twice: while the tensor cores read one set, the next is made. A stage
-// is two blocks, 128 inputs, or with 256 tokens one. What this gives up over `decode`: a weight is rounded to 16 bits before it
-// is multiplied, as any dequantize-then-matmul would.
+// group. A fetching warp a row group streams packed weights (bulk copies) and x (TMA, 128-byte swizzle) through a ring of stages,
+// from which the others multiply: wide.cuh by wgmma, narrow.cuh tiles of 8 tokens by mma.sync. A stage is two blocks, 128 inputs;
+// with 256 tokens one, with 8 four.
 //
 //     split > 1    grid (split, tiles): the cluster spans x, each of its thread blocks takes a part of K, and the sums are
 //                  exchanged through distributed shared memory
@@ -23,7 +21,7 @@
 #include "narrow.cuh"
 #include "prefill_args.h"
 #include "reduce.cuh"
-#include "wgmma.cuh"
+#include "wide.cuh"
 
 namespace woq {
 
@@ -49,7 +47,8 @@ struct PrefillLayout {
   // Offsets from the aligned base: barriers | ring | pairs' sums | boxes, or sums of the cluster, which take the ring's place where
   // they are large
   static constexpr bool gather_apart = PrefillPlan::gather_apart(TOKENS, GROUPS);
-  __device__ static int gather(int stages) { return 1024 + (gather_apart ? stages * stage + PrefillPlan::pair_bytes(TOKENS, GROUPS) : 0); }
+  __device__ static int pairs(int stages) { return 1024 + stages * stage; }
+  __device__ static int gather(int stages) { return gather_apart ? pairs(stages) + PrefillPlan::pair_bytes(TOKENS, GROUPS) : 1024; }
 };
 
 #if HOPPER_WGMMA
@@ -101,54 +100,6 @@ struct Place {
     const int inside = tile - first * row_tiles, width = min(a.band, a.token_tiles - first);
     row_tile = inside / width, token_tile = first + inside % width;
   }
-};
-
-// code - zero, exactly, and if SCALED one rounding with the scale. `zero` and `scale` hold a value twice.
-template <class T, int BITS>
-struct Dequantizer {
-  using C = Codes<T, BITS, 0>;
-  using T2 = typename Float16<T>::Pair;
-  uint32_t scale[2], zero[2];  // rows lane / 4 and lane / 4 + 8
-
-  __device__ void begin(const PrefillArgs& a) {
-    const float z = a.symmetric_zero + (C::split ? 0.f : C::offset);
-    zero[0] = zero[1] = bits(Float16<T>::twice(z));
-  }
-  struct Stored {
-    uint32_t scales;
-    uint16_t zeros;
-  };
-  // A group's, at `group`. Symmetric weights have no zero points there, but readable memory.
-  __device__ static Stored load(Shared group, int place) { return {read<uint32_t>(group + place * 4), read<uint16_t>(group + kScaleBytes + place * 2)}; }
-  // Without branches; CONVERT: scales may be of the other dtype.
-  template <bool CONVERT>
-  __device__ void enter(const PrefillArgs& a, Stored s) {
-    scale[0] = __byte_perm(s.scales, 0, 0x1010), scale[1] = __byte_perm(s.scales, 0, 0x3232);
-    if constexpr (CONVERT) {
-      const bool other = a.scale_is_bf16 != Float16<T>::is_bf16;
-      const T2 low = Float16<T>::twice(scale_value(s.scales & 0xFFFF, a.scale_is_bf16)), high = Float16<T>::twice(scale_value(s.scales >> 16, a.scale_is_bf16));
-      scale[0] = other ? bits(low) : scale[0], scale[1] = other ? bits(high) : scale[1];
-    }
-    const bool symmetric = a.scale_stride == kScaleBytes;
-    zero[0] = symmetric ? zero[0] : C::twice(s.zeros & 255), zero[1] = symmetric ? zero[1] : C::twice(s.zeros >> 8);
-  }
-  template <bool SCALED>
-  __device__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[C::words], int j) const {
-    uint32_t low[4], high[4];
-    C::fragment(low, words, j);
-    if constexpr (C::split) C::template fragment<1>(high, words, j);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      T2 code = pair(low[i]);
-      if constexpr (C::split) code = __hadd2(__hsub2(pair(high[i]), Float16<T>::twice(C::offset)), code);
-      code = __hsub2(code, pair(zero[i % 2]));
-      a[i] = bits(SCALED ? __hmul2(code, pair(scale[i % 2])) : code);
-    }
-  }
-
- private:
-  __device__ static uint32_t bits(T2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
-  __device__ static T2 pair(uint32_t v) { return *reinterpret_cast<const T2*>(&v); }
 };
 
 // One fetching warp: packed weights of row group `row` of every tile, or the activations; with four row groups, the first warp
@@ -334,121 +285,6 @@ __device__ void finish(const PrefillArgs& a, const CUtensorMap* y_map, const Sch
 }
 #endif
 
-#if HOPPER_WGMMA
-// What a multiplying warp holds, and what it does in a turn. ONE_GROUP: the inputs of a turn lie in one group, whose scales have
-// the activations' dtype; otherwise every 32 inputs' scales are looked up and converted. No branches on that: the compiler gives
-// up overlapping wgmma with what a branch may define.
-//
-// With few tokens and ONE_GROUP scales come late: weights are (code - zero), a turn's sums of products are scaled, in fp32, when
-// the next begins. Fewer instructions than scaling weights, and none is rounded.
-template <class T, int BITS, class L, bool ONE_GROUP>
-struct Multiplier {
-  using C = Codes<T, BITS, 0>;
-  using D = Dequantizer<T, BITS>;
-  static constexpr bool at_once = false;
-  static constexpr bool late = ONE_GROUP && L::tokens <= 32;
-  static constexpr int step = L::height * L::tokens < 256 ? 2 : 1;  // half blocks of fragments in a set: what registers have room for
-  static constexpr int each = BITS == 8 ? 1 : 2;                    // half blocks of codes loaded at a time
-  static constexpr int sums_each = L::tokens / 2;                   // of a row group: rows lane / 4 and lane / 4 + 8 of every token, as wgmma has them
-
-  const PrefillArgs& a;
-  const int lane, tile, scale_place, group;  // 16 rows of each row group, where their scales lie; the warp group's first row group
-  D dequantizers[L::height];
-  typename D::Stored stored[L::height];
-  uint32_t words[2][L::height][C::words], fragments[2][L::height][2 * step][4];
-  float sums[L::height][sums_each];
-  float products[late ? sums_each : 1], late_scales[2];  // of the last turn; late implies a height of one
-
-  __device__ Multiplier(const PrefillArgs& a, int warp, int lane) 
-      : a(a), lane(lane), tile(warp % 4), scale_place(lane / 4 * 4 + warp % 4), group(warp / 4 * L::height) {
-#pragma unroll
-    for (int h = 0; h < L::height; ++h) dequantizers[h].begin(a);
-  }
-
-  __device__ void clear() {
-#pragma unroll
-    for (int h = 0; h < L::height; ++h)
-#pragma unroll
-      for (int i = 0; i < sums_each; ++i) sums[h][i] = 0.f;
-    if constexpr (late) {
-#pragma unroll
-      for (int i = 0; i < sums_each; ++i) products[i] = 0.f;
-      late_scales[0] = late_scales[1] = 0.f;
-    }
-  }
-
-  // Turn number `turn` of the tile, from `stage`. `release` is called once the stage before it has been read.
-  template <class Release>
-  __device__ void run(uint32_t stage, int turn, Release release) {
-    load(words[0], stage, 0);
-    if (ONE_GROUP) enter<false>(stage, 0);
-    [[maybe_unused]] const int first_group = ONE_GROUP ? 0 : group_of(a, L::halves * turn);
-#pragma unroll
-    for (int half = 0; half < L::halves; ++half) {
-      const int set = half / step % 2, now = half / each % 2;
-      if (half % each == 0 && half + each < L::halves) load(words[1 - now], stage, half + each);
-      if (!ONE_GROUP) enter<true>(stage, min(group_of(a, L::halves * turn + half), a.groups - 1) - first_group);
-      if constexpr (late) {
-        if (half == 0) scale_products();
-        else if (half == step) wgmma_wait<1>();
-      } else if (half % step == 0) {
-        wgmma_wait<1>();  // this set of fragments has been read
-      }
-      if (half == (late ? 0 : step)) release();
-#pragma unroll
-      for (int h = 0; h < L::height; ++h)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) dequantizers[h].template fragment<!late>(fragments[set][h][2 * (half % step) + j], words[now][h], 2 * (half % 2) + j);
-      if (half % step == step - 1) multiply(fragments[set], stage, half + 1 - step);
-    }
-  }
-
-  // Nothing is under way any more, and the last stage has been read.
-  __device__ void end() {
-    if constexpr (late) scale_products();
-    else wgmma_wait<0>();
-  }
-
- private:
-  __device__ void load(uint32_t (&to)[L::height][C::words], uint32_t stage, int half) const {
-#pragma unroll
-    for (int h = 0; h < L::height; ++h)
-      C::load(to[h], Shared{stage + L::x_bytes + (group + h) * L::weight_bytes + half / 2 * L::weight_block}, tile, half % 2, lane);
-  }
-  // Scales and zero points of the stage's group `number`.
-  template <bool CONVERT>
-  __device__ void enter(uint32_t stage, int number) {
-#pragma unroll
-    for (int h = 0; h < L::height; ++h)
-      stored[h] = D::load(Shared{stage + L::scales + (group + h) * L::scale_room + number * a.scale_stride}, scale_place);
-#pragma unroll
-    for (int h = 0; h < L::height; ++h) dequantizers[h].template enter<CONVERT>(a, stored[h]);
-  }
-  // The last turn's products are added to the sums, under that turn's scales; those of the one that begins take their place.
-  __device__ void scale_products() {
-    wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < sums_each; ++i) sums[0][i] += late_scales[i / 2 % 2] * products[i], products[i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) late_scales[i] = Float16<T>::value(dequantizers[0].scale[i] & 0xFFFF);
-  }
-  __device__ void multiply(const uint32_t (&set)[L::height][2 * step][4], uint32_t stage, int half) {
-    wgmma_begin();
-#pragma unroll
-    for (int j = 0; j < 2 * step; ++j) {
-      const int k_step = 2 * half + j;
-      const uint64_t x = swizzled_operand(stage, k_step / 4 * L::x_block + k_step % 4 * 32);
-#pragma unroll
-      for (int h = 0; h < L::height; ++h) {
-        if constexpr (late) Wgmma<T, L::tokens>::run(products, set[h][j], x);
-        else Wgmma<T, L::tokens>::run(sums[h], set[h][j], x);
-      }
-    }
-    wgmma_commit();
-  }
-};
-#endif
-
 template <class T, int BITS, int TOKENS, int GROUPS, bool ONE_GROUP>
 __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::threads, PrefillLayout<T, BITS, TOKENS, GROUPS>::residents)
     prefill_kernel(const __grid_constant__ PrefillArgs a, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map) {
@@ -480,22 +316,14 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
   registers_claim<L::registers>();
   dependency_wait();
   launch_dependents();
-  const auto multiplier_of = [&] {
-    if constexpr (L::narrow) {
-      const uint32_t pairs = base + 1024 + a.stages * L::stage + warp * 64 * TOKENS;
-      return NarrowMultiplier<T, BITS, L, ONE_GROUP>(a, unaligned + (base - smem_address(unaligned)), base, pairs, warp, lane);
-    } else {
-      return Multiplier<T, BITS, L, ONE_GROUP>(a, warp, lane);
-    }
-  };
-  auto multiplier = multiplier_of();
+  using M = std::conditional_t<L::narrow, NarrowMultiplier<T, BITS, L, ONE_GROUP>, Multiplier<T, BITS, L, ONE_GROUP>>;
+  M multiplier(a, unaligned + (base - smem_address(unaligned)), base, warp, lane);
   Schedule work(a, PrefillPlan::turns(TOKENS, a.k_blocks));
   Piece p;
   int slot = 0, previous = -1;
   uint32_t parity = 0;
-  const auto release = [&] {
-    if (previous >= 0 && lane == 0) barrier_arrive(base + empty_barrier(previous));
-    previous = slot;
+  const auto leave_stage = [&](int which) {
+    if (which >= 0 && lane == 0) barrier_arrive(base + empty_barrier(which));
   };
   while (work.next(p)) {
     multiplier.clear();
@@ -503,16 +331,12 @@ __global__ void __launch_bounds__(PrefillLayout<T, BITS, TOKENS, GROUPS>::thread
       // Through a shuffle, so that the addresses of operands are made in uniform registers, where wgmma wants them.
       const uint32_t stage = __shfl_sync(~0u, base + 1024 + slot * L::stage, 0);
       barrier_wait(base + full_barrier(slot), parity);
-      multiplier.run(stage, turn, release);
-      if constexpr (multiplier.at_once) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(base + empty_barrier(slot));
-      }
+      multiplier.run(stage, turn, [&] { leave_stage(previous), previous = slot; });
+      if (M::at_once) __syncwarp(), leave_stage(slot);
       if (++slot == a.stages) slot = 0, parity ^= 1;
     }
     multiplier.end();
-    if constexpr (!multiplier.at_once) release();
-    previous = -1;
+    leave_stage(previous), previous = -1;
     finish<T, L>(a, &y_map, work, p, multiplier.sums, base, warp, lane);
   }
   if (L::box > 0) bulk_wait();
