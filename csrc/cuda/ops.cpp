@@ -206,7 +206,7 @@ Tensor linear(const Tensor& given_x, const Tensor& weight, const Tensor& scales,
   if (path == woq::Path::decode) {
     run_decode(a, x, y, bits, early_start, plan, device, stream);
   } else {
-    woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, static_cast<int>(bits), device)
+    woq::PrefillPlan p = plan.empty() ? woq::choose_prefill(a, static_cast<int>(bits), device).plan
                                       : woq::PrefillPlan{int(plan[0]), int(plan[1]), int(plan[2]), int(plan[3])};
     if (p.stages == 0) p.stages = woq::prefill_stages(p, static_cast<int>(bits), device);
     STD_TORCH_CHECK(p.split <= woq::PrefillPlan::turns(p.tokens, w.k_blocks), "woq: a plan's split must not exceed the turns of K");

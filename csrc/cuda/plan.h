@@ -97,22 +97,23 @@ inline int prefill_stages(PrefillPlan p, int bits, const Device& device) {
   return 0;
 }
 
-// Nanoseconds of one turn of a thread block, when its processor is full: measured with 4 bits on an H200, up to 128 tokens on an H100.
-inline int64_t turn_time(const PrefillPlan& p) {
-  if (p.tokens == 256) return 670;
-  if (p.tokens == 128) return p.groups == 2 ? 730 : p.groups == 3 ? 1030 : 1370;
-  if (p.tokens == 8) return 1150;
-  if (p.groups == 2) return p.tokens == 16 ? 660 : p.tokens == 32 ? 780 : 1050;
-  return p.tokens == 16 ? 650 : p.tokens == 32 ? 750 : 951;
-}
+// The tiles there are, and nanoseconds of a turn of one when its processor is full: measured with 4 bits, the widest on an H200,
+// the others on an H100.
+struct Tile {
+  int tokens, groups, turn;
+};
+constexpr Tile kTiles[] = {
+    {8, 2, 1150}, {8, 4, 1150}, {16, 2, 660}, {16, 4, 650}, {32, 2, 780}, {32, 4, 750}, {48, 2, 850}, {48, 4, 850}, {64, 2, 1050}, {64, 4, 951},
+    {96, 2, 620}, {96, 3, 810}, {96, 4, 1190}, {128, 2, 730}, {128, 3, 1030}, {128, 4, 1370}, {256, 2, 670},
+};
 
 // Estimated nanoseconds of a product. The constants were fitted to a sweep over all plans of 4 shapes and 12 numbers of tokens;
 // its choices took 0.3 % more than the fastest plans on the average.
-inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& device) {
+inline int64_t prefill_time(const PrefillPlan& p, int turn_time, PrefillArgs a, const Device& device) {
   const int64_t blocks = divide(p, device.processors, a), slots = int64_t(p.residents()) * device.processors, area = p.tokens * p.groups;
   const int64_t turns = PrefillPlan::turns(p.tokens, a.k_blocks);
   const bool alone = p.split != 1 && p.residents() > 1 && blocks * std::max(1, p.split) <= device.processors;
-  const int64_t turn = alone ? turn_time(p) * 7 / 8 : turn_time(p);  // a lone thread block is faster
+  const int64_t turn = alone ? turn_time * 7 / 8 : turn_time;  // a lone thread block is faster
   if (p.split > 1) {
     // Clusters do not fill every processor: those of a GPC that do not make up a whole one stay idle.
     const int64_t usable = slots * (p.split < 4 ? 97 : 87) / 100 / p.split * p.split;
@@ -127,19 +128,22 @@ inline int64_t prefill_time(const PrefillPlan& p, PrefillArgs a, const Device& d
   return 1230 + (whole + (spread ? shared * 11 / 10 : shared)) * turn + leave * std::max<int64_t>(a.tiles, blocks) / blocks + exchange;
 }
 
-inline PrefillPlan choose_prefill(const PrefillArgs& a, int bits, const Device& device) {
-  PrefillPlan best = {};
-  int64_t least = 0;
-  for (int tokens = 8; tokens <= 256; tokens *= 2) {
-    if (tokens > 8 && tokens >= 2 * a.m) break;
-    for (int groups = 2; groups <= (tokens == 256 ? 2 : 4); groups += tokens == 128 ? 1 : 2)
-      for (int split = 0; split <= std::min(8, PrefillPlan::turns(tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
-        PrefillPlan p = {tokens, groups, 0, split};
-        p.stages = prefill_stages(p, bits, device);
-        if (p.stages == 0 || split == 7) continue;  // clusters of 7 have not been tried
-        const int64_t time = prefill_time(p, a, device);
-        if (best.tokens == 0 || time < least) best = p, least = time;
-      }
+struct Choice {
+  PrefillPlan plan;
+  int64_t time;
+};
+
+inline Choice choose_prefill(const PrefillArgs& a, int bits, const Device& device) {
+  Choice best = {};
+  for (const Tile& t : kTiles) {
+    if (t.tokens > 8 && t.tokens >= 2 * a.m) break;
+    for (int split = 0; split <= std::min(8, PrefillPlan::turns(t.tokens, a.k_blocks)); ++split) {  // every thread block of a cluster must have a part of K
+      PrefillPlan p = {t.tokens, t.groups, 0, split};
+      p.stages = prefill_stages(p, bits, device);
+      if (p.stages == 0 || split == 7) continue;  // clusters of 7 have not been tried
+      const int64_t time = prefill_time(p, t.turn, a, device);
+      if (best.plan.tokens == 0 || time < best.time) best = {p, time};
+    }
   }
   return best;
 }
@@ -158,7 +162,7 @@ inline Path choose_path(const PrefillArgs& a, int bits, const Device& device) {
   // a nanosecond and processor.
   const int64_t weights = int64_t(a.n) * a.k, dense = weights / 1600 + weights / (2950 * device.processors) * a.m;
   if (a.m < 1024) return Path::prefill;
-  const int64_t own = prefill_time(choose_prefill(a, bits, device), a, device);
+  const int64_t own = choose_prefill(a, bits, device).time;
   // From half a millisecond on the clock falls under our load; under that of cuBLAS it has in `dense`.
   return dense < (own > 500'000 ? own * 53 / 50 : own) ? Path::dense : Path::prefill;
 }

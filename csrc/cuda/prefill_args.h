@@ -28,7 +28,7 @@ struct PrefillPlan {
   static constexpr WOQ_HOST_DEVICE int turn_blocks(int tokens) { return narrow(tokens) ? 4 : tokens > 128 ? 1 : 2; }
   static constexpr WOQ_HOST_DEVICE int turns(int tokens, int k_blocks) { return (k_blocks + turn_blocks(tokens) - 1) / turn_blocks(tokens); }
   // Multiplying warp groups. Large tiles have two, with registers for 128 sums a thread: fewer instructions a multiplication.
-  static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens >= 128 && groups != 3 ? 2 : groups; }
+  static constexpr WOQ_HOST_DEVICE int warp_groups(int tokens, int groups) { return tokens > 64 && groups != 3 ? 2 : groups; }
   // Of a row group in a stage: a group of inputs every 32, with zero points.
   static constexpr WOQ_HOST_DEVICE int scale_room(int tokens) { return 2 * turn_blocks(tokens) * 192; }
   static constexpr WOQ_HOST_DEVICE int stage_bytes(int tokens, int groups, int bits) {
@@ -44,7 +44,7 @@ struct PrefillPlan {
   // What warps of a narrow tile hand each other: 16 rows' sums each.
   static constexpr WOQ_HOST_DEVICE int pair_bytes(int tokens, int groups) { return narrow(tokens) ? groups * 4 * 64 * tokens : 0; }
 
-  static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens >= 128 ? 1 : 2; }  // thread blocks a processor
+  static constexpr WOQ_HOST_DEVICE int residents(int tokens, int groups) { return groups > 2 || tokens > 64 ? 1 : 2; }  // thread blocks a processor
   int residents() const { return residents(tokens, groups); }
   int shared_bytes(int bits) const {
     const int ring = 1024 + stages * stage_bytes(tokens, groups, bits) + pair_bytes(tokens, groups), parts = tokens / 2 * groups;  // 512 bytes each

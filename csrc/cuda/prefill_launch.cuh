@@ -82,8 +82,13 @@ cudaError_t launch_plan(const PrefillArgs& a, bool is_bf16, const PrefillPlan& p
     case 8 * 16 + 4: return launch_tile<T, BITS, 16, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 32 + 2: return launch_tile<T, BITS, 32, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 32 + 4: return launch_tile<T, BITS, 32, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 48 + 2: return launch_tile<T, BITS, 48, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 48 + 4: return launch_tile<T, BITS, 48, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 64 + 2: return launch_tile<T, BITS, 64, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 64 + 4: return launch_tile<T, BITS, 64, 4>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 96 + 2: return launch_tile<T, BITS, 96, 2>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 96 + 3: return launch_tile<T, BITS, 96, 3>(a, is_bf16, bytes, blocks, early_start, stream);
+    case 8 * 96 + 4: return launch_tile<T, BITS, 96, 4>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 128 + 2: return launch_tile<T, BITS, 128, 2>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 128 + 3: return launch_tile<T, BITS, 128, 3>(a, is_bf16, bytes, blocks, early_start, stream);
     case 8 * 128 + 4: return launch_tile<T, BITS, 128, 4>(a, is_bf16, bytes, blocks, early_start, stream);
