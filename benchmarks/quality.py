@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", help="what to write in the CSV where there is no git checkout")
     parser.add_argument(
-        "--out", type=Path, help="CSV to write; default: benchmarks/results/quality-MODEL.csv"
+        "--out", type=Path, help="CSV to add rows to; default: benchmarks/results/quality-MODEL.csv"
     )
     options = parser.parse_args()
 
@@ -172,9 +172,11 @@ def main() -> None:
     }
     out = options.out or Path(__file__).parent / "results" / f"quality-{options.model}.csv"
     rows = []
-    with out.open("w", newline="", encoding="utf-8") as handle:
+    new = not out.exists()
+    with out.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, COLUMNS)
-        writer.writeheader()
+        if new:
+            writer.writeheader()
 
         def add(told: str, row: dict[str, Any]) -> None:
             writer.writerow({**same, **row})

@@ -1,6 +1,6 @@
 """Time of every launch plan of the CUDA kernels, shape by shape: what csrc/cuda/plan.h is made from.
 
-    python benchmarks/sweep_cuda.py --out benchmarks/results/plans_h100.csv --tokens 16 64 256
+    python -m benchmarks.sweep_cuda --out plans.csv --tokens 16 64 256
 
 A row's p0 .. p4 are the plan as the operator takes it: tokens, row groups, stages (0: as many as fit), split; or for decoding,
 k_warps, row_warps, stages, split, row blocks; all zero is what the dispatch chose. Weights are random bits, as many layers
@@ -15,9 +15,9 @@ import csv
 from pathlib import Path
 
 import torch
-from bench_linear import FOOTPRINT, SHAPES, microseconds
 from torch import Tensor
 
+from benchmarks.bench_linear import FOOTPRINT, SHAPES, microseconds
 from woq import native
 from woq.backends.cuda import CudaState, _register, dequantize
 

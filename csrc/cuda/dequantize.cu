@@ -53,8 +53,8 @@ static __global__ void __launch_bounds__(512) gather_kernel(const uint16_t* x, c
 }
 
 cudaError_t launch_gather(const void* from, const int* order, void* to, int m, int k, bool early_start, cudaStream_t stream) {
-  // With few rows every thread has four columns, and their order before x is there; its thread blocks are small enough to find
-  // room beside the product before. With many, 32 bytes for each element read are too much.
+  // With few rows every thread has four columns, and their order before x is there. With many, 32 bytes for each element read are
+  // too much.
   const bool hold = m > 32 && k % 8 == 0 && k * 2 <= kRowRoom;
   const int threads = hold ? 512 : 128;
   cudaLaunchAttribute early;
