@@ -31,35 +31,42 @@ int main() {
                 ++cases;
                 const Path path = choose_path(a, bits, device);
                 if (path == Path::prefill) {
-                  const PrefillPlan p = choose_prefill(a, bits, device);
+                  const PrefillPlan p = choose_prefill(a, bits, device).plan;
                   PrefillArgs cut = a;
                   const int64_t blocks = divide(p, device.processors, cut), turns = PrefillPlan::turns(p.tokens, a.k_blocks), rest = cut.tiles - cut.whole;
                   // Where tiles are shared out, whole ones come in full waves, and every thread block then has a turn of what is left, or nobody.
                   const bool shared_out = p.split != 1 ? rest == 0 && p.split <= turns
                                                       : rest >= 0 && cut.whole % blocks == 0 && (rest == 0 || rest * turns >= blocks);
-                  const bool fine = p.tokens >= 16 && p.tokens <= 256 && p.split >= 0 && p.split <= 8 && p.stages >= 2 && p.stages <= kMostStages &&
+                  const bool fine = p.tokens >= 8 && p.tokens <= 256 && p.split >= 0 && p.split <= 8 && p.stages >= 2 && p.stages <= kMostStages &&
                                     p.shared_bytes(bits) <= device.shared_limit / p.residents() && blocks >= 1 && shared_out;
                   if (!fine) { ++bad; std::printf("prefill: bits %d n %d k %d m %d: %d %d %d %d\n", bits, n, k, m, p.tokens, p.groups, p.stages, p.split); }
                 }
                 if (path != Path::decode) continue;
                 a.m = m < kDecodeTokens ? m : kDecodeTokens;
-                DecodePlan p = choose_decode(a, bits, device);
-                while (p.k_warps == 0 && a.m > 1) a.m /= 2, p = choose_decode(a, bits, device);
-                if (p.k_warps == 0) { ++unfit; continue; }
-                apply(p, a);
-                // As many thread blocks share a processor with zero points as without, or they have as few stages as there can be.
-                DecodeArgs symmetric = a;
-                symmetric.scale_stride = 128;
-                apply(choose_decode(symmetric, bits, device), symmetric);
-                const auto residents = [&](const DecodeArgs& v) {
-                  return std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 16 / (v.k_warps * v.row_warps));
-                };
-                const bool shared = p.stages == 2 || residents(a) >= residents(symmetric);
-                const bool fine = shared && DecodeLayout::of(bits, a).total <= device.shared_limit && p.k_warps * p.row_warps <= kMaxWarps &&
-                                  power_of_two(p.row_warps) && power_of_two(p.split) && p.split <= 8 && 64 * p.row_warps / p.split >= 4 &&
-                                  p.stages >= 2 && p.stages <= 10 && p.row_blocks >= 1 && (device.capability >= 90 || p.split == 1) &&
-                                  p.row_blocks * p.row_warps < a.row_groups + p.row_warps && p.split <= a.k_blocks;
-                if (!fine) { ++bad; std::printf("bits %d n %d k %d group %d m %d on %d\n", bits, n, k, group, m, device.capability); }
+                static const int column = 0;
+                for (const int* order : {(const int*)nullptr, &column}) {
+                  if (order != nullptr && !reorders(a, order, bits, device)) continue;
+                  a.order = order;
+                  DecodePlan p = choose_decode(a, bits, device);
+                  while (p.k_warps == 0 && a.m > 1) a.m /= 2, p = choose_decode(a, bits, device);
+                  if (p.k_warps == 0) { ++unfit; continue; }
+                  apply(p, a);
+                  // With zero points no more waves of thread blocks than without, or as few stages as there can be, or K cut further.
+                  DecodeArgs symmetric = a;
+                  symmetric.scale_stride = 128;
+                  const DecodePlan plain = choose_decode(symmetric, bits, device);
+                  apply(plain, symmetric);
+                  const auto waves = [&](const DecodeArgs& v, const DecodePlan& q) {
+                    const int residents = std::min((device.shared_limit + 1024) / (DecodeLayout::of(bits, v).total + 1024), 16 / (v.k_warps * v.row_warps));
+                    return (q.row_blocks * q.split + residents * device.processors - 1) / (residents * device.processors);
+                  };
+                  const bool shared = p.stages == 2 || p.split > plain.split || waves(a, p) <= waves(symmetric, plain);
+                  const bool fine = shared && DecodeLayout::of(bits, a).total <= device.shared_limit && p.k_warps * p.row_warps <= kMaxWarps &&
+                                    power_of_two(p.row_warps) && power_of_two(p.split) && p.split <= 8 && 64 * p.row_warps / p.split >= 4 &&
+                                    p.stages >= 2 && p.stages <= 10 && p.row_blocks >= 1 && (device.capability >= 90 || p.split == 1) &&
+                                    p.row_blocks * p.row_warps < a.row_groups + p.row_warps && p.split <= a.k_blocks;
+                  if (!fine) { ++bad; std::printf("bits %d n %d k %d group %d m %d on %d%s\n", bits, n, k, group, m, device.capability, order ? " in order" : ""); }
+                }
               }
   std::printf("%ld cases, %ld bad, %ld do not fit\n", cases, bad, unfit);
   return bad != 0 || unfit != 0;
