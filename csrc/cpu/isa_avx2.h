@@ -16,7 +16,10 @@ struct Isa {
   static constexpr bool indexes_by_low_bits = false;
 #if defined(__AVXVNNI__)
   static constexpr bool has_dot4 = true;
-  static I dot4(I acc, I codes, I x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
+  static I dot4(I acc, I codes, I x) {  // as in isa_avx512.h
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(codes), "x"(x));
+    return acc;
+  }
 #else
   static constexpr bool has_dot4 = false;
   static I dot4(I acc, I codes, I x);  // declared for the branches that are not taken

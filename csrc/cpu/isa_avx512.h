@@ -15,7 +15,11 @@ struct Isa {
   static constexpr bool indexes_by_low_bits = true;  // a table's index need not be masked
 #if defined(__AVX512VNNI__)
   static constexpr bool has_dot4 = true;
-  static I dot4(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+  // Not by its intrinsic, which works on vectors of another type: gcc then keeps sums in memory.
+  static I dot4(I acc, I codes, I x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+    return acc;
+  }
 #else
   static constexpr bool has_dot4 = false;
   static I dot4(I acc, I codes, I x);  // declared for the branches that are not taken
