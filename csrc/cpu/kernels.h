@@ -78,7 +78,7 @@ struct Kernels {
   int widths[6];  // of token tiles, ascending, then zeros
   // Groups first .. last of the activations, counted over all tiles.
   void (*arrange)(const Weight&, const Input&, Kind, const Arranged&, int64_t first, int64_t last);
-  // Rows tiles first .. last. `direct` unpacks the weight as it multiplies, for the tokens of one tile; `panel` unpacks a
+  // Rows tiles first .. last. `direct` unpacks the weight as it multiplies, for the tokens of the first tile; `panel` unpacks a
   // group into a buffer first and runs all tiles over it.
   void (*direct)(const Weight&, Kind, const Arranged&, int64_t first, int64_t last, const Output&);
   void (*panel)(const Weight&, Kind, const Arranged&, int64_t first, int64_t last, const Output&);

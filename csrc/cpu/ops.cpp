@@ -112,6 +112,13 @@ Tensor shaped_like(const Tensor& x, int64_t last) {
   return torch::stable::new_empty(x, shape);
 }
 
+// Up to so many tiles the weight is unpacked for each anew, in registers: that takes less than the way through a buffer.
+// Measured; where vectors are short, three bits take too many instructions for it.
+size_t direct_tiles(const woq::Kernels& k, const woq::Weight& w, Kind kind) {
+  if (k.lanes >= 16) return 4;
+  return kind == Kind::i8 && w.format == woq::Format::bits3 ? 1 : 2;
+}
+
 // Tokens first .. last: arranged, then multiplied with all rows.
 void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Input& in, const woq::Output& y, int64_t first, int64_t last) {
   const std::vector<woq::Tile> tiles = divide(k, first, last);
@@ -127,8 +134,15 @@ void run(const woq::Kernels& k, const woq::Weight& w, Kind kind, const woq::Inpu
                               [&](int64_t begin, int64_t end) { k.arrange(w, in, kind, a, begin, end); });
   const int64_t tile_rows = 2 * k.lanes, row_tiles = (w.rows + tile_rows - 1) / tile_rows;
   const int64_t grain = kGrain / (inputs * tile_rows * places) + 1;
+  const bool direct = tiles.size() <= direct_tiles(k, w, kind);
   torch::stable::parallel_for(0, row_tiles, grain, [&](int64_t begin, int64_t end) {
-    (a.tile_count == 1 ? k.direct : k.panel)(w, kind, a, begin, end, y);
+    if (!direct) return k.panel(w, kind, a, begin, end, y);
+    for (int64_t row_tile = begin; row_tile < end; ++row_tile)
+      for (const woq::Tile& tile : tiles) {
+        const int64_t at = tile.offset * w.groups;
+        const woq::Arranged one = {a.words + at * w.units * woq::words_per_unit(kind), a.sums + at, a.steps + at, &tile, 1, tile.width};
+        k.direct(w, kind, one, row_tile, row_tile + 1, y);
+      }
   });
 }
 
