@@ -74,7 +74,7 @@ struct NarrowMultiplier {
       const float* w = totals[1][c];
       write(Shared{own + c * 512}, part ? make_float4(v[0], v[1], v[2], v[3]) : make_float4(w[0], w[1], w[2], w[3]));
     }
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+    join(4 * group);
 #pragma unroll
     for (int c = 0; c < token_tiles; ++c) {
       const float4 v = read<float4>(Shared{other + c * 512});
@@ -82,7 +82,7 @@ struct NarrowMultiplier {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums[0][4 * c + e] = (part ? totals[1][c][e] : totals[0][c][e]) + more[e];
     }
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // before anything is handed over again
+    join(4 * group);  // before anything is handed over again
   }
 
  private:

@@ -192,9 +192,6 @@ __device__ void exchange(const PrefillArgs& a, const float (&sums)[L::height][L:
   }
 }
 
-// Barrier of one multiplying warp group.
-__device__ __forceinline__ void join(int warp) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); }
-
 // A warp group's rows of a tile, by way of a box [128 tokens][64 rows] for each of its row groups, swizzled as TMA wants it: the
 // copies to memory run while the next tile is computed. Needs n % 8 == 0.
 template <class T, class L>

@@ -19,6 +19,9 @@ __device__ __forceinline__ int group_of(const DecodeArgs& a, int unit) {
 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
+// Barrier of one multiplying warp group.
+__device__ __forceinline__ void join(int warp) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); }
+
 // Rows n .. n + 3 of one token.
 template <class T>
 __device__ void write(const DecodeArgs& a, int token, int n, float4 v) {

@@ -85,7 +85,7 @@ struct Multiplier {
   float sums[L::height][sums_each];
   float products[late ? sums_each : 1], late_scales[2];  // of the last turn; late implies a height of one
 
-  __device__ Multiplier(const PrefillArgs& a, const uint8_t*, uint32_t, int warp, int lane) 
+  __device__ Multiplier(const PrefillArgs& a, const uint8_t*, uint32_t, int warp, int lane)
       : a(a), lane(lane), tile(warp % 4), scale_place(lane / 4 * 4 + warp % 4), group(warp / 4 * L::height) {
 #pragma unroll
     for (int h = 0; h < L::height; ++h) dequantizers[h].begin(a);

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import library
 
+from benchmarks.sweep_cuda import PREFILL
 from tests.backends.kernel_oracle import assert_close, random_weight, tokens
 from woq.backends.base import Target
 from woq.backends.cuda import CudaBackend, CudaState, _register, arrange, dequantize
@@ -199,30 +200,9 @@ def prefill_only() -> None:
         pytest.skip("wgmma is sm_90a's")
 
 
-TILES = [
-    (8, 2),
-    (8, 4),
-    (16, 2),
-    (16, 4),
-    (32, 2),
-    (32, 4),
-    (48, 2),
-    (48, 4),
-    (64, 2),
-    (64, 4),
-    (96, 2),
-    (96, 3),
-    (96, 4),
-    (128, 2),
-    (128, 3),
-    (128, 4),
-    (256, 2),
-]  # tokens, row groups
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", [0, 1, 2, 3, 4, 8])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", PREFILL)
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_every_prefill_plan_gives_the_same_product(
     tile: tuple[int, int], split: int, group_size: int
@@ -254,7 +234,7 @@ def test_narrow_tiles_in_every_width(dtype: torch.dtype, bits: int, group_size: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", PREFILL)
 @pytest.mark.parametrize("more", [5, 8])
 def test_more_tiles_than_thread_blocks(tile: tuple[int, int], more: int) -> None:
     """Whole tiles in waves, then shares of what is left over; an odd number of outputs, and one that TMA can store."""
